@@ -1,0 +1,260 @@
+"""An attachment: made, unmade and looked at, in kernel and ledger together.
+
+Making is one transaction: whatever was done is undone by the same function that serves DEL and GC,
+so that there is one way in which an attachment ends.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Final
+
+from extbridge.kernel.links import (
+    Link,
+    Macvtap,
+    create_macvtap,
+    delete_link,
+    find_link,
+    has_address,
+    list_links,
+    set_mac,
+    set_up,
+)
+from extbridge.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink
+from extbridge.kernel.netns import inside
+from extbridge.kernel.silence import silence, silenced_ifindexes, unsilence, unsilenced_by
+from extbridge.kernel.taps import device_nodes, unused_ifindex
+from extbridge.ledger import Entry, Held, Ledger
+from extbridge.network.definition import Mode
+from extbridge.network.wanted import WantedNic, derived_or_given_mac
+from extbridge.spec.errors import MacInUse, NameTaken, NicBusy
+
+_INDEX_TRIES: Final = 8
+"""How often another ifindex is tried; two in a row that are taken are not chance any more."""
+
+
+_ALIAS: Final = "extbridge"
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """The calling thread stands in the pod's namespace, with these sockets of that namespace."""
+
+    netns: int
+    route: Netlink
+    netfilter: Netlink
+
+
+@contextmanager
+def enter_pod(netns: int) -> Iterator[Pod]:
+    """Stand in the namespace for the length of the block. Taps must not be opened here (taps)."""
+    with (
+        inside(netns),
+        Netlink(NETLINK_ROUTE) as route,
+        Netlink(NETLINK_NETFILTER) as netfilter,
+    ):
+        yield Pod(netns, route, netfilter)
+
+
+def alias_of(container_id: str, cni_ifname: str) -> str:
+    """What the link itself says of whose it is, so that DEL finds it without the ledger."""
+    return f"{_ALIAS}:{container_id}:{cni_ifname}"
+
+
+def container_of(link: Link) -> str:
+    """The container ID in a link's alias; neither it nor an interface name can hold a colon."""
+    mark, _, rest = link.alias.partition(":")
+    return rest.partition(":")[0] if mark == _ALIAS else ""
+
+
+def attach(
+    wanted: WantedNic,
+    draft: Entry,
+    *,
+    ledger: Ledger,
+    held: Held,
+    host: Netlink,
+    lower: Link,
+    pod: Pod,
+    former_ifname: str = "",
+) -> Entry:
+    """Make the attachment that `draft` begins to describe; return its finished ledger entry.
+
+    On any failure nothing is left of it. Raises NameTaken, MacInUse, NicBusy, IoFailure, OSError.
+    """
+    tries = _INDEX_TRIES
+    with ExitStack() as undo:
+        while True:
+            entry = _numbered(draft, wanted, former_ifname, pod)
+            held.write(entry)
+            undo.callback(detach, entry, held=held, pod=pod)
+            try:
+                _create(entry, wanted, host, pod.netns)
+                break
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise _nic_busy(entry, ledger) from error
+                # EEXIST, or EBUSY where somebody else is in the midst of it: of the name, which
+                # the next round tells, or of the ifindex.
+                if error.errno not in (errno.EEXIST, errno.EBUSY) or tries == 0:
+                    raise
+                tries -= 1
+                undo.close()
+        if entry.mode == Mode.PASSTHRU and entry.mac != lower.mac:
+            # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
+            set_mac(pod.route, entry.ifindex, entry.mac)
+        silence(pod.netfilter, entry.ifindex, entry.ifname)
+        try:
+            set_up(pod.route, entry.ifindex, alias=alias_of(entry.container_id, entry.cni_ifname))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EBUSY):
+                raise _mac_in_use(entry, lower, ledger) from error
+            raise
+        entry = replace(entry, done=True)
+        held.write(entry)
+        undo.pop_all()
+        return entry
+
+
+def detach(entry: Entry, *, held: Held, pod: Pod | None) -> None:
+    """Unmake the attachment; `pod` None says that its namespace is gone, and the link with it.
+
+    Deleted is the link with the entry's ifindex, which is unique on the node, if it is ours. The
+    entry goes last: what fails before can be tried again.
+    """
+    if pod is not None:
+        link = find_link(pod.route, ifindex=entry.ifindex)
+        if link is not None and link.ours:
+            delete_link(pod.route, link.ifindex)
+        unsilence(pod.netfilter, entry.ifindex)
+    held.remove(entry.ifname)
+
+
+def detach_unrecorded(container_id: str, cni_ifname: str, mac: str, *, pod: Pod) -> None:
+    """Unmake what the kernel has of an attachment that the ledger does not know.
+
+    The link says by its alias whose it is; one that was never UP has none yet, and is known by the
+    MAC that prevResult gave (`mac`, may be empty) or by its name. Rules whose link is gone go too.
+    """
+    for link in list_links(pod.route):
+        if not link.ours:
+            continue
+        whose = alias_of(container_id, cni_ifname)
+        if link.alias == whose or (not link.alias and (link.mac == mac or link.name == cni_ifname)):
+            delete_link(pod.route, link.ifindex)
+            unsilence(pod.netfilter, link.ifindex)
+    present = {link.ifindex for link in list_links(pod.route)}
+    for ifindex in silenced_ifindexes(pod.netfilter):
+        if ifindex not in present:
+            unsilence(pod.netfilter, ifindex)
+
+
+def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
+    """In what the attachment is not what `entry` says: a sentence each, none when all is well."""
+    link = find_link(pod.route, ifindex=entry.ifindex)
+    if link is None:
+        return [f"{entry.ifname}: the link with ifindex {entry.ifindex} is gone"]
+    lower = find_link(host, ifindex=entry.lower_ifindex)
+    lower_name = lower.name if lower is not None else "gone"
+    compared = [
+        ("kind", "macvtap", link.kind),
+        ("name", entry.ifname, link.name),
+        ("mode", entry.mode, str(link.mode)),
+        ("NIC", (entry.lower_ifindex, entry.lower), (link.lower, lower_name)),
+        ("MAC", entry.mac, link.mac),
+        ("MTU", entry.mtu, link.mtu),
+        ("queues", entry.queues, link.tx_queues),
+        ("state", "up", "up" if link.up else "down"),
+        ("silence", "NOARP", "NOARP" if link.noarp else "ARP is answered"),
+        (
+            "silence",
+            "no address",
+            "an address" if has_address(pod.route, link.ifindex) else "no address",
+        ),
+        ("silence", "", unsilenced_by(pod.netfilter, link.ifindex, link.name)),
+    ]
+    return [
+        f"{entry.ifname}: {what} is {found!r}, ADD made it {made!r}"
+        for what, made, found in compared
+        if found != made
+    ]
+
+
+def _numbered(draft: Entry, wanted: WantedNic, former_ifname: str, pod: Pod) -> Entry:
+    """The entry with all that depends on what the namespace and the node have already."""
+    ifname = _free_name(wanted.ifname, former_ifname, pod.route)
+    with device_nodes() as nodes:
+        ifindex = unused_ifindex(nodes)
+    mac = derived_or_given_mac(wanted, ifname)
+    return replace(draft, ifname=ifname, ifindex=ifindex, mac=mac)
+
+
+def _create(entry: Entry, wanted: WantedNic, host: Netlink, netns: int) -> None:
+    create_macvtap(
+        host,
+        Macvtap(
+            ifindex=entry.ifindex,
+            name=entry.ifname,
+            mac=entry.mac,
+            mode=wanted.network.mode,
+            lower=entry.lower_ifindex,
+            mtu=entry.mtu,
+            queues=entry.queues,
+        ),
+        netns,
+    )
+
+
+def _free_name(asked: str | None, former: str, route: Netlink) -> str:
+    if asked is not None:
+        if find_link(route, name=asked) is not None:
+            raise NameTaken(
+                f"the pod has an interface named {asked} already",
+                "ask for another name, or delete the attachment that has it first",
+            )
+        return asked
+    taken = {link.name for link in list_links(route)}
+    if former and former not in taken:
+        return former
+    return next(name for n in count() if (name := f"macvtap{n}") not in taken)
+
+
+def _nic_busy(entry: Entry, ledger: Ledger) -> NicBusy:
+    holders = _described(
+        other
+        for other in ledger.entries()
+        if other.lower_ifindex == entry.lower_ifindex and other.ifindex != entry.ifindex
+    )
+    if entry.mode == Mode.PASSTHRU:
+        message = f"passthru needs {entry.lower} whole, and others are on it: {holders}"
+    else:
+        message = f"{entry.lower} cannot carry a {entry.mode} macvtap; on it: {holders}"
+    return NicBusy(message, "use another NIC for passthru, or delete what is on this one first")
+
+
+def _mac_in_use(entry: Entry, lower: Link, ledger: Ledger) -> MacInUse:
+    if entry.mac == lower.mac:
+        holder = f"the NIC {lower.name} itself"
+    else:
+        holder = _described(
+            other
+            for other in ledger.entries()
+            if other.lower_ifindex == entry.lower_ifindex
+            and other.mac == entry.mac
+            and other.ifindex != entry.ifindex
+        )
+    return MacInUse(
+        f"the MAC {entry.mac} is in use on {lower.name} by {holder}",
+        "give this VM another MAC, or delete the other attachment first",
+    )
+
+
+def _described(entries: Iterable[Entry]) -> str:
+    return (
+        ", ".join(f"{entry.ifname} of {entry.pod or entry.container_id}" for entry in entries)
+        or "a link that extbridge did not make"
+    )

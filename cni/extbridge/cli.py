@@ -1,0 +1,93 @@
+"""The command line, `extbridge`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from extbridge.spec.errors import CniError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="extbridge-cni")
+def cli() -> None:
+    """Virtual machines in pods, straight onto the switch outside."""
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--netns", required=True, metavar="PATH", help="The pod's network namespace.")
+@click.option(
+    "--ifname",
+    "ifnames",
+    multiple=True,
+    metavar="NAME",
+    help="A NIC of that namespace; may be given again. Without: all that extbridge made.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoReturn:
+    """Run COMMAND, a QEMU, with the taps of a namespace, as root and without an agent.
+
+    \b
+    Filled in anywhere in COMMAND, for a NIC named net1:
+      {net1.fd} {net1.fds}    the fd; one a queue, separated by colons
+      {net1.vhostfds}         likewise for vhost-net, where the node has it
+      {net1.mac} {net1.mtu} {net1.queues}
+    Without any of these, -netdev and -device are appended for every NIC; the
+    device's model is virtio-net-pci, or what EXTBRIDGE_MODEL names.
+    """
+    from extbridge.handoff import take_taps
+    from extbridge.kernel.netns import opened_netns
+    from extbridge.ledger import Holder, Ledger
+    from extbridge.node.launcher import DEFAULT_MODEL, MODEL_VARIABLE, render_command
+
+    with opened_netns(netns) as namespace:
+        if namespace is None:
+            raise click.BadParameter(
+                f"there is no network namespace at {netns}", param_hint="--netns"
+            )
+        ledger = Ledger.from_environment(os.environ)
+        holder = Holder.of(os.getpid())
+        with take_taps(namespace, holder, ledger=ledger, ifnames=ifnames) as taps:
+            model = os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+            argv = render_command(command, taps, model=model)
+            for tap in taps:
+                for fd in (*tap.fds, *tap.vhost_fds):
+                    os.set_inheritable(fd, True)
+            try:
+                os.execvp(argv[0], argv)
+            except OSError as error:
+                raise click.ClickException(f"{argv[0]}: {error.strerror}") from error
+
+
+@cli.command()
+@click.option(
+    "--guest",
+    envvar="EXTBRIDGE_GUEST",
+    default=".guest",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where the guests' kernel is unpacked; `make demo` puts it there.",
+)
+def demo(guest: str) -> None:
+    """Two VMs ping each other across a VEPA switch, all on this machine and of its own making."""
+    from extbridge.demo.story import tell
+
+    sys.exit(tell(guest))
+
+
+def main() -> None:
+    """The executable `extbridge`: domain errors become one line and its hint, exit status 1."""
+    try:
+        cli()
+    except CniError as error:
+        click.echo(f"extbridge: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {error.hint}", err=True)
+        sys.exit(1)
+    except PermissionError as error:
+        click.echo(f"extbridge: {error}", err=True)
+        click.echo("  hint: run it as root", err=True)
+        sys.exit(1)

@@ -1,0 +1,90 @@
+"""The hand-off: the taps of one namespace, opened for one process.
+
+Who may have them is the caller's to establish; that they are the right ones, and that nobody else
+has them, is established here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from extbridge.attachment import container_of
+from extbridge.kernel.links import Link, list_links
+from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
+from extbridge.kernel.netns import inside
+from extbridge.kernel.taps import device_nodes, open_tap, open_vhost
+from extbridge.ledger import Entry, Held, Holder, Ledger
+from extbridge.spec.errors import TapHeld, UnknownContainer
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """One NIC of a VM, ready for QEMU; whoever has the object owns its fds.
+
+    `fds` has one fd a queue, `vhost_fds` as many or none.
+    """
+
+    name: str
+    mac: str
+    mtu: int
+    fds: tuple[int, ...]
+    vhost_fds: tuple[int, ...]
+
+
+@contextmanager
+def take_taps(
+    netns: int, holder: Holder, *, ledger: Ledger, ifnames: tuple[str, ...] = ()
+) -> Iterator[list[Tap]]:
+    """Open the taps of the namespace for `holder`, all or those named; closed after the block.
+
+    To pass them on, exec or send the fds inside the block. Raises UnknownContainer if the namespace
+    has no such NIC, TapHeld if a living process has it, WrongTap if the node is another's.
+    """
+    with inside(netns), Netlink(NETLINK_ROUTE) as route:
+        links = [link for link in list_links(route) if link.ours]
+    missing = sorted(set(ifnames) - {link.name for link in links})
+    if missing or not links:
+        present = ", ".join(link.name for link in links) or "none"
+        raise UnknownContainer(
+            f"the namespace has no NIC {', '.join(missing)} of extbridge"
+            if missing
+            else "the namespace has no NIC of extbridge",
+            f"it has {present}; ADD makes them",
+        )
+    with device_nodes() as nodes, ExitStack() as closing:
+        taps = []
+        for link in sorted(links, key=lambda link: link.name):
+            if ifnames and link.name not in ifnames:
+                continue
+            with ledger.hold(container_of(link)) as held:
+                entry = _free_entry(link, held, holder)
+                fds = open_tap(nodes, link, entry.mac)
+                closing.callback(_close, fds)
+                vhost_fds = open_vhost(nodes, entry.queues)
+                closing.callback(_close, vhost_fds)
+                held.write(replace(entry, holder=holder))
+            taps.append(Tap(link.name, entry.mac, entry.mtu, tuple(fds), tuple(vhost_fds)))
+        yield taps
+
+
+def _free_entry(link: Link, held: Held, holder: Holder) -> Entry:
+    entry = next((it for it in held.entries() if it.done and it.ifindex == link.ifindex), None)
+    if entry is None:
+        raise UnknownContainer(
+            f"the ledger does not know {link.name} (ifindex {link.ifindex})",
+            "without it nobody can tell who holds the tap; delete the pod and create it again",
+        )
+    if entry.holder is not None and entry.holder != holder and entry.holder.alive():
+        raise TapHeld(
+            f"the tap of {link.name} is held by process {entry.holder.pid}",
+            "a tap has one holder; end that process first",
+        )
+    return entry
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

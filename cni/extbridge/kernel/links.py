@@ -1,0 +1,224 @@
+"""Links: the NIC below, the macvtap above.
+
+Messages: linux/rtnetlink.h, linux/if_link.h. What marks a macvtap as ours is what can be given in
+the one message that creates it: its group and the range of its ifindex.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from extbridge.kernel import netlink
+from extbridge.kernel.netlink import Netlink, attribute, nested, text, u32
+from extbridge.network.definition import Mode
+
+GROUP: Final = 0x65787462
+"""The link group of every macvtap of ours: "extb"."""
+
+FIRST_IFINDEX: Final = 0x40000000
+LAST_IFINDEX: Final = 0x7FFFFFFF
+"""The kernel counts its own from 1, in each namespace anew; it does not come here by itself."""
+
+_RTM_NEWLINK = 16
+_RTM_DELLINK = 17
+_RTM_GETLINK = 18
+_RTM_GETADDR = 22
+
+_IFLA_ADDRESS = 1
+_IFLA_IFNAME = 3
+_IFLA_MTU = 4
+_IFLA_LINK = 5
+_IFLA_MASTER = 10
+_IFLA_LINKINFO = 18
+_IFLA_IFALIAS = 20
+_IFLA_GROUP = 27
+_IFLA_NET_NS_FD = 28
+_IFLA_NUM_TX_QUEUES = 31
+_IFLA_NUM_RX_QUEUES = 32
+_IFLA_CARRIER = 33
+_IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+_IFLA_MACVLAN_MODE = 1
+_IFLA_MACVLAN_FLAGS = 2
+_MACVLAN_FLAG_NOPROMISC = 1
+
+_IFF_UP = 0x1
+_IFF_LOOPBACK = 0x8
+_IFF_NOARP = 0x80
+
+_ARPHRD_ETHER = 1
+
+_IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBi")
+
+# linux/if_link.h, enum macvlan_mode.
+_MODE_NUMBERS: Final = {Mode.PRIVATE: 1, Mode.VEPA: 2, Mode.BRIDGE: 4, Mode.PASSTHRU: 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link as the kernel describes it; `lower` and `master` are ifindexes, 0 for none."""
+
+    ifindex: int
+    name: str
+    kind: str
+    mac: str
+    mtu: int
+    up: bool
+    noarp: bool
+    carrier: bool
+    ethernet: bool
+    loopback: bool
+    group: int
+    alias: str
+    lower: int
+    master: int
+    mode: Mode | None
+    tx_queues: int
+
+    @property
+    def ours(self) -> bool:
+        """Whether extbridge made it."""
+        return (
+            self.kind == "macvtap"
+            and self.group == GROUP
+            and FIRST_IFINDEX <= self.ifindex <= LAST_IFINDEX
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Macvtap:
+    """A macvtap to be made; `mtu` None is the NIC's, `queues` counts pairs."""
+
+    ifindex: int
+    name: str
+    mac: str
+    mode: Mode
+    lower: int
+    mtu: int | None
+    queues: int
+
+
+def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
+    """Make `wanted` in the namespace of the fd `netns`: one message, DOWN and without ARP.
+
+    `route` is a socket of the namespace the NIC is in. No IFLA_LINK_NETNSID: with it, older
+    kernels make the link first and move it after (rtnl_newlink_create).
+    """
+    flags = _MACVLAN_FLAG_NOPROMISC if wanted.mode is Mode.PASSTHRU else 0
+    payload = (
+        _IFINFO.pack(0, 0, wanted.ifindex, _IFF_NOARP, _IFF_NOARP)
+        + text(_IFLA_IFNAME, wanted.name)
+        + u32(_IFLA_LINK, wanted.lower)
+        + u32(_IFLA_NET_NS_FD, netns)
+        + attribute(_IFLA_ADDRESS, bytes.fromhex(wanted.mac.replace(":", "")))
+        + u32(_IFLA_GROUP, GROUP)
+        + u32(_IFLA_NUM_TX_QUEUES, wanted.queues)
+        + u32(_IFLA_NUM_RX_QUEUES, wanted.queues)
+        + (u32(_IFLA_MTU, wanted.mtu) if wanted.mtu is not None else b"")
+        + nested(
+            _IFLA_LINKINFO,
+            text(_IFLA_INFO_KIND, "macvtap"),
+            nested(
+                _IFLA_INFO_DATA,
+                u32(_IFLA_MACVLAN_MODE, _MODE_NUMBERS[wanted.mode]),
+                attribute(_IFLA_MACVLAN_FLAGS, struct.pack("=H", flags)),
+            ),
+        )
+    )
+    route.request(
+        _RTM_NEWLINK,
+        payload,
+        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+        what=f"RTM_NEWLINK {wanted.name} ({wanted.mode} on ifindex {wanted.lower})",
+    )
+
+
+def set_up(route: Netlink, ifindex: int, *, alias: str) -> None:
+    """Set the link UP and its alias. EADDRINUSE (EBUSY before 5.14): its MAC is taken on the NIC."""
+    payload = _IFINFO.pack(0, 0, ifindex, _IFF_UP, _IFF_UP) + text(_IFLA_IFALIAS, alias)
+    route.request(_RTM_NEWLINK, payload, what=f"RTM_NEWLINK up of ifindex {ifindex}")
+
+
+def set_mac(route: Netlink, ifindex: int, mac: str) -> None:
+    """Set the link's MAC; on a passthru macvtap this sets the NIC's (macvlan_set_mac_address)."""
+    payload = _IFINFO.pack(0, 0, ifindex, 0, 0)
+    payload += attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    route.request(_RTM_NEWLINK, payload, what=f"RTM_NEWLINK address {mac} of ifindex {ifindex}")
+
+
+def delete_link(route: Netlink, ifindex: int) -> None:
+    """Delete the link, if it is there. Blocks for two RCU grace periods, 15 to 25 ms."""
+    try:
+        route.request(
+            _RTM_DELLINK,
+            _IFINFO.pack(0, 0, ifindex, 0, 0),
+            what=f"RTM_DELLINK of ifindex {ifindex}",
+        )
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+
+
+def find_link(route: Netlink, *, name: str = "", ifindex: int = 0) -> Link | None:
+    """The link with this name, or else this ifindex, in the socket's namespace."""
+    payload = _IFINFO.pack(0, 0, ifindex, 0, 0) + (text(_IFLA_IFNAME, name) if name else b"")
+    try:
+        answers = route.request(_RTM_GETLINK, payload, what=f"RTM_GETLINK {name or ifindex}")
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    return _parse(answers[0])
+
+
+def list_links(route: Netlink) -> list[Link]:
+    """Every link of the socket's namespace."""
+    answers = route.request(
+        _RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0), flags=netlink.NLM_F_DUMP, what="RTM_GETLINK dump"
+    )
+    return [_parse(answer) for answer in answers]
+
+
+def has_address(route: Netlink, ifindex: int) -> bool:
+    """Whether the pod's own IP stack has an address on the link."""
+    answers = route.request(
+        _RTM_GETADDR,
+        _IFADDR.pack(0, 0, 0, 0, ifindex),
+        flags=netlink.NLM_F_DUMP,
+        what=f"RTM_GETADDR dump of ifindex {ifindex}",
+    )
+    return any(_IFADDR.unpack_from(answer)[4] == ifindex for answer in answers)
+
+
+def _parse(payload: bytes) -> Link:
+    _, arphrd, ifindex, flags, _ = _IFINFO.unpack_from(payload)
+    found = netlink.attributes(payload[_IFINFO.size :])
+    info = netlink.attributes(found.get(_IFLA_LINKINFO, b""))
+    data = netlink.attributes(info.get(_IFLA_INFO_DATA, b""))
+    kind = netlink.as_text(info.get(_IFLA_INFO_KIND, b""))
+    mode = None
+    if kind in ("macvtap", "macvlan") and _IFLA_MACVLAN_MODE in data:
+        number = netlink.as_u32(data[_IFLA_MACVLAN_MODE])
+        mode = next((mode for mode, n in _MODE_NUMBERS.items() if n == number), None)
+    return Link(
+        ifindex=ifindex,
+        name=netlink.as_text(found[_IFLA_IFNAME]),
+        kind=kind,
+        mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
+        mtu=netlink.as_u32(found[_IFLA_MTU]),
+        up=bool(flags & _IFF_UP),
+        noarp=bool(flags & _IFF_NOARP),
+        carrier=found.get(_IFLA_CARRIER) == b"\1",
+        ethernet=arphrd == _ARPHRD_ETHER,
+        loopback=bool(flags & _IFF_LOOPBACK),
+        group=netlink.as_u32(found.get(_IFLA_GROUP, bytes(4))),
+        alias=netlink.as_text(found.get(_IFLA_IFALIAS, b"")),
+        lower=netlink.as_u32(found.get(_IFLA_LINK, bytes(4))),
+        master=netlink.as_u32(found.get(_IFLA_MASTER, bytes(4))),
+        mode=mode,
+        tx_queues=netlink.as_u32(found.get(_IFLA_NUM_TX_QUEUES, bytes(4))),
+    )

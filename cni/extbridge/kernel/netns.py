@@ -1,0 +1,90 @@
+"""Network namespaces: opened by path, told apart, entered by one thread for a moment."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703
+
+_OWN = "/proc/thread-self/ns/net"
+
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+# os.setns came with Python 3.12.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_netns(path: str) -> int | None:
+    """An fd of the network namespace at `path`, which the caller owns; None where there is none.
+
+    None also for a plain file: a namespace's mount point stays when its mount has gone. The path is
+    looked at before it is opened: to open a FIFO would hang, to open a device may act.
+    """
+    try:
+        looked_at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return None
+        raise
+    try:
+        # Every namespace file lies on the one nsfs of the kernel (fs/nsfs.c, nsfs_mnt).
+        if os.fstat(looked_at).st_dev != os.stat(_OWN).st_dev:
+            return None
+        netns = os.open(f"/proc/self/fd/{looked_at}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(looked_at)
+    if fcntl.ioctl(netns, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+        os.close(netns)
+        return None
+    return netns
+
+
+@contextmanager
+def opened_netns(path: str) -> Iterator[int | None]:
+    """The fd of `open_netns` for the length of the block."""
+    netns = open_netns(path)
+    try:
+        yield netns
+    finally:
+        if netns is not None:
+            os.close(netns)
+
+
+def netns_inode(netns: int) -> int:
+    """The number that tells living namespaces apart (man 7 namespaces); reused after death."""
+    return os.fstat(netns).st_ino
+
+
+def is_own(netns: int) -> bool:
+    """Whether `netns` is the namespace that the calling thread stands in."""
+    return netns_inode(netns) == os.stat(_OWN).st_ino
+
+
+@contextmanager
+def inside(netns: int) -> Iterator[None]:
+    """The calling thread stands in `netns` for the length of the block; other threads do not."""
+    own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _setns(netns)
+        try:
+            yield
+        finally:
+            try:
+                _setns(own)
+            except OSError:
+                # A thread left in a pod's namespace would serve the next request from there.
+                os.abort()
+    finally:
+        os.close(own)
+
+
+def _setns(netns: int) -> None:
+    if _libc.setns(netns, _CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"setns: {os.strerror(code)}")

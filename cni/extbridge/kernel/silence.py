@@ -1,0 +1,222 @@
+"""Keep the pod's own IP stack off the VM's NIC (promise 3).
+
+While no tap is open, a macvtap hands its frames to the IP stack of its namespace (tap_handle_frame
+finds no queue and lets them pass), and that stack may send through it at any time. Three things
+stop it, none of which touches the frames of an open tap:
+
+- NOARP, given when the link is made, for ARP in both directions;
+- `disable_ipv6`, before the link is UP, so that no address, neighbour discovery or MLD begins;
+- an nftables table that drops what the stack would hear (prerouting) or speak (postrouting), which
+  also covers IPv4 broadcasts from 0.0.0.0 and SO_BINDTODEVICE, which needs no privilege.
+
+The rules name the ifindex, which is unique on the node and never used again, so that neither a
+rename nor a later link of the same name changes what they mean. Formats: linux/netfilter/nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from pathlib import Path
+from typing import Final
+
+from extbridge.kernel import netlink
+from extbridge.kernel.netlink import Netlink, as_text, attribute, attributes, text
+
+_NFNL_BATCH_BEGIN = 0x10
+_NFNL_BATCH_END = 0x11
+_NFNL_SUBSYS_NFTABLES = 10
+_NFT_NEWTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 0
+_NFT_GETTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 1
+_NFT_DELTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 2
+_NFT_NEWCHAIN = _NFNL_SUBSYS_NFTABLES << 8 | 3
+_NFT_NEWRULE = _NFNL_SUBSYS_NFTABLES << 8 | 6
+_NFT_GETRULE = _NFNL_SUBSYS_NFTABLES << 8 | 7
+
+_NFPROTO_INET = 1
+_NF_INET_PRE_ROUTING = 0
+_NF_INET_POST_ROUTING = 4
+_NF_DROP = 0
+
+_NFTA_TABLE_NAME = 1
+_NFTA_CHAIN_TABLE = 1
+_NFTA_CHAIN_NAME = 3
+_NFTA_CHAIN_HOOK = 4
+_NFTA_CHAIN_TYPE = 7
+_NFTA_HOOK_HOOKNUM = 1
+_NFTA_HOOK_PRIORITY = 2
+_NFTA_RULE_TABLE = 1
+_NFTA_RULE_CHAIN = 2
+_NFTA_RULE_EXPRESSIONS = 4
+_NFTA_LIST_ELEM = 1
+_NFTA_EXPR_NAME = 1
+_NFTA_EXPR_DATA = 2
+_NFTA_META_DREG = 1
+_NFTA_META_KEY = 2
+_NFT_META_IIF = 4
+_NFT_META_OIF = 5
+_NFTA_CMP_SREG = 1
+_NFTA_CMP_OP = 2
+_NFTA_CMP_DATA = 3
+_NFT_CMP_EQ = 0
+_NFTA_IMMEDIATE_DREG = 1
+_NFTA_IMMEDIATE_DATA = 2
+_NFTA_DATA_VALUE = 1
+_NFTA_DATA_VERDICT = 2
+_NFTA_VERDICT_CODE = 1
+_NFT_REG_VERDICT = 0
+_NFT_REG_1 = 1
+
+# Before connection tracking, defragmentation and every other rule (NF_IP_PRI_FIRST is the least).
+_PRIORITY = -500
+
+# struct nfgenmsg; its last field is in network byte order.
+_NFGENMSG = struct.Struct(">BBH")
+_BEGIN = (_NFNL_BATCH_BEGIN, _NFGENMSG.pack(0, 0, _NFNL_SUBSYS_NFTABLES))
+_END = (_NFNL_BATCH_END, _BEGIN[1])
+
+_CHAINS: Final = (
+    ("hears", _NF_INET_PRE_ROUTING, _NFT_META_IIF),
+    ("speaks", _NF_INET_POST_ROUTING, _NFT_META_OIF),
+)
+
+_TABLE_PREFIX = "extbridge_"
+
+
+def silence(netfilter: Netlink, ifindex: int, name: str) -> None:
+    """Silence the link, which is still DOWN and NOARP; the thread stands in its namespace."""
+    _disable_ipv6(name).write_bytes(b"1")
+    table = text(_NFTA_TABLE_NAME, _table(ifindex))
+    messages = [_inet(_NFT_NEWTABLE, table)]
+    for chain, hook, key in _CHAINS:
+        messages.append(
+            _inet(
+                _NFT_NEWCHAIN,
+                table
+                + text(_NFTA_CHAIN_NAME, chain)
+                + _nest(
+                    _NFTA_CHAIN_HOOK,
+                    _be32(_NFTA_HOOK_HOOKNUM, hook),
+                    _be32(_NFTA_HOOK_PRIORITY, _PRIORITY),
+                )
+                + text(_NFTA_CHAIN_TYPE, "filter"),
+            )
+        )
+        messages.append(
+            _inet(
+                _NFT_NEWRULE,
+                table
+                + text(_NFTA_RULE_CHAIN, chain)
+                + _nest(_NFTA_RULE_EXPRESSIONS, _drop_if(key, ifindex)),
+                netlink.NLM_F_CREATE | netlink.NLM_F_APPEND,
+            )
+        )
+    netfilter.transaction(_BEGIN, messages, _END, what=f"nftables table {_table(ifindex)}")
+
+
+def unsilence(netfilter: Netlink, ifindex: int) -> None:
+    """Remove the link's rules, if they are there; after the link itself, or it would be heard."""
+    deletion = _inet(_NFT_DELTABLE, text(_NFTA_TABLE_NAME, _table(ifindex)), 0)
+    try:
+        netfilter.transaction(
+            _BEGIN, [deletion], _END, what=f"removal of nftables table {_table(ifindex)}"
+        )
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def silenced_ifindexes(netfilter: Netlink) -> list[int]:
+    """The ifindexes for which the namespace holds rules of ours."""
+    answers = netfilter.request(
+        _NFT_GETTABLE,
+        _NFGENMSG.pack(_NFPROTO_INET, 0, 0),
+        flags=netlink.NLM_F_DUMP,
+        what="nftables tables",
+    )
+    names = (as_text(attributes(answer[_NFGENMSG.size :])[_NFTA_TABLE_NAME]) for answer in answers)
+    return [
+        int(name.removeprefix(_TABLE_PREFIX))
+        for name in names
+        if name.startswith(_TABLE_PREFIX) and name.removeprefix(_TABLE_PREFIX).isdecimal()
+    ]
+
+
+def unsilenced_by(netfilter: Netlink, ifindex: int, name: str) -> str:
+    """What of the silence is missing, in words; empty when it is whole.
+
+    NOARP and addresses are the link's, see links; the thread stands in the namespace.
+    """
+    if _disable_ipv6(name).read_bytes().strip() != b"1":
+        return f"IPv6 is enabled on {name}"
+    table = _table(ifindex)
+    try:
+        answers = netfilter.request(
+            _NFT_GETRULE,
+            _NFGENMSG.pack(_NFPROTO_INET, 0, 0) + text(_NFTA_RULE_TABLE, table),
+            flags=netlink.NLM_F_DUMP,
+            what=f"nftables rules of table {table}",
+        )
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        answers = []
+    rules: dict[str, list[bytes]] = {}
+    for answer in answers:
+        rule = attributes(answer[_NFGENMSG.size :])
+        if as_text(rule[_NFTA_RULE_TABLE]) == table:
+            rules.setdefault(as_text(rule[_NFTA_RULE_CHAIN]), []).append(
+                rule.get(_NFTA_RULE_EXPRESSIONS, b"")
+            )
+    for chain, _, key in _CHAINS:
+        if _drop_if(key, ifindex) not in rules.get(chain, []):
+            return f"nftables table inet {table}, chain {chain}, does not drop"
+    return ""
+
+
+def _table(ifindex: int) -> str:
+    return f"{_TABLE_PREFIX}{ifindex}"
+
+
+def _disable_ipv6(name: str) -> Path:
+    # proc_sys_lookup answers for the namespace of the thread that opens.
+    return Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+
+
+def _inet(kind: int, payload: bytes, flags: int = netlink.NLM_F_CREATE) -> tuple[int, int, bytes]:
+    return kind, flags, _NFGENMSG.pack(_NFPROTO_INET, 0, 0) + payload
+
+
+def _be32(kind: int, value: int) -> bytes:
+    # nf_tables speaks network byte order (nla_get_be32), unlike rtnetlink.
+    return attribute(kind, struct.pack(">i", value))
+
+
+def _nest(kind: int, *attributes_: bytes) -> bytes:
+    # nf_tables neither needs nor sends NLA_F_NESTED (nla_nest_start_noflag).
+    return attribute(kind, b"".join(attributes_))
+
+
+def _expression(name: str, *data: bytes) -> bytes:
+    return _nest(_NFTA_LIST_ELEM, text(_NFTA_EXPR_NAME, name), _nest(_NFTA_EXPR_DATA, *data))
+
+
+def _drop_if(key: int, ifindex: int) -> bytes:
+    """A rule's expressions, byte for byte as the kernel dumps them (nft_meta_get_dump and peers)."""
+    return (
+        _expression("meta", _be32(_NFTA_META_KEY, key), _be32(_NFTA_META_DREG, _NFT_REG_1))
+        + _expression(
+            "cmp",
+            _be32(_NFTA_CMP_SREG, _NFT_REG_1),
+            _be32(_NFTA_CMP_OP, _NFT_CMP_EQ),
+            _nest(_NFTA_CMP_DATA, attribute(_NFTA_DATA_VALUE, struct.pack("=I", ifindex))),
+        )
+        + _expression(
+            "immediate",
+            _be32(_NFTA_IMMEDIATE_DREG, _NFT_REG_VERDICT),
+            _nest(
+                _NFTA_IMMEDIATE_DATA,
+                _nest(_NFTA_DATA_VERDICT, _be32(_NFTA_VERDICT_CODE, _NF_DROP)),
+            ),
+        )
+    )

@@ -1,0 +1,137 @@
+"""Taps: the character device behind a macvtap, opened and proven to be the right one.
+
+The node is /dev/tap<ifindex> in the one devtmpfs of the kernel, but an ifindex is unique in its
+namespace only: two macvtaps that both have 2 share one node, and it leads to either. So ours have
+an ifindex that no node bears yet, and every fd is asked whose it is before it is handed on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Final
+
+from extbridge.kernel.links import FIRST_IFINDEX, LAST_IFINDEX, Link
+from extbridge.spec.errors import WrongTap
+
+_TUNSETIFF = 0x400454CA
+_TUNGETIFF = 0x800454D2
+_SIOCGIFHWADDR = 0x8927
+_IFF_TAP = 0x0002
+_IFF_NO_PI = 0x1000
+_IFF_VNET_HDR = 0x4000
+_IFF_MULTI_QUEUE = 0x0100
+_IFREQ = struct.Struct("=16sH22x")
+_HARDWARE_ADDRESS = struct.Struct("=18x6s16x")
+
+# Numbers of the generic table, the same on every 64-bit architecture (asm-generic/unistd.h).
+_SYS_FSOPEN = 430
+_SYS_FSCONFIG = 431
+_SYS_FSMOUNT = 432
+_FSOPEN_CLOEXEC = 1
+_FSCONFIG_CMD_CREATE = 6
+_FSMOUNT_CLOEXEC = 1
+
+_VHOST_NET: Final = "vhost-net"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def device_nodes() -> Iterator[int]:
+    """A directory fd of the kernel's devtmpfs, whatever is mounted on this process's /dev.
+
+    A detached mount (fsmount(2), Linux 5.2): no path leads to it, and it goes with the fd.
+    """
+    with ExitStack() as stack:
+        context = _syscall("fsopen devtmpfs", _SYS_FSOPEN, b"devtmpfs", _FSOPEN_CLOEXEC)
+        stack.callback(os.close, context)
+        _syscall("fsconfig devtmpfs", _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        nodes = _syscall("fsmount devtmpfs", _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+        stack.callback(os.close, nodes)
+        yield nodes
+
+
+def unused_ifindex(nodes: int) -> int:
+    """An ifindex of our range that no macvtap of this node bears, in whichever namespace.
+
+    30 random bits: that two requests pick the same number before either has its node happens once
+    in a thousand million, and then the second is refused at hand-off, not given the first's tap.
+    """
+    while True:
+        ifindex = FIRST_IFINDEX + secrets.randbelow(LAST_IFINDEX - FIRST_IFINDEX + 1)
+        if not _exists(f"tap{ifindex}", nodes):
+            return ifindex
+
+
+def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
+    """Open every queue of `link`'s tap, verified; the caller owns the fds.
+
+    Stand in the host's namespace: a tap fd pins the namespace it was opened in (tap_open, sk_alloc),
+    and the pod's would outlive the pod for as long as QEMU lives.
+
+    Raises WrongTap if the node answers for another NIC than `link` with the MAC `mac`. The kernel
+    would open one queue for several holders; that there is only one is the ledger's to know.
+    """
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    if link.tx_queues > 1:
+        flags |= _IFF_MULTI_QUEUE
+    node = f"tap{link.ifindex}"
+    with ExitStack() as stack:
+        fds = []
+        for _ in range(link.tx_queues):
+            fd = os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=nodes)
+            stack.callback(os.close, fd)
+            _verify(fd, link, mac)
+            fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(b"", flags))
+            fds.append(fd)
+        stack.pop_all()
+        return fds
+
+
+def open_vhost(nodes: int, queues: int) -> list[int]:
+    """One vhost-net fd a queue, or none where the node has no vhost-net; the caller owns them."""
+    if not _exists(_VHOST_NET, nodes):
+        return []
+    with ExitStack() as stack:
+        fds = []
+        for _ in range(queues):
+            fd = os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC, dir_fd=nodes)
+            stack.callback(os.close, fd)
+            fds.append(fd)
+        stack.pop_all()
+        return fds
+
+
+def _verify(fd: int, link: Link, mac: str) -> None:
+    answer = fcntl.ioctl(fd, _TUNGETIFF, bytes(_IFREQ.size))
+    name = answer[:16].rstrip(b"\0").decode(errors="replace")
+    answer = fcntl.ioctl(fd, _SIOCGIFHWADDR, bytes(_HARDWARE_ADDRESS.size))
+    found = _HARDWARE_ADDRESS.unpack(answer)[0].hex(":")
+    if (name, found) != (link.name, mac):
+        raise WrongTap(
+            f"the device node of {link.name} ({mac}) answers as {name} ({found})",
+            "the guest has changed its MAC, or another macvtap has the same ifindex;"
+            " delete the pod and create it again",
+        )
+
+
+def _exists(name: str, nodes: int) -> bool:
+    try:
+        os.stat(name, dir_fd=nodes)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _syscall(what: str, number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result

@@ -1,0 +1,163 @@
+"""Networks written as YAML, read the way JSON is: nothing but objects, lists and plain values.
+
+PyYAML follows YAML 1.1, in which `off` is false and `52:54:00:12:34:56` a number to the base 60.
+So only its events are used, and what a scalar means is YAML 1.2's core schema (section 10.3.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Protocol
+
+import yaml
+
+from extbridge.network.definition import MAX_DEPTH, Network, network_to_object
+from extbridge.spec.errors import InvalidNetworkConfig
+from extbridge.spec.fields import JsonObject, as_object, describe
+
+_CONSTANTS: Final[Mapping[str, bool | None]] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+
+_NUMBERS: Final[Mapping[str, Callable[[str], object]]] = {
+    r"[-+]?[0-9]+": int,
+    r"0o[0-7]+": lambda text: int(text, 8),
+    r"0x[0-9a-fA-F]+": lambda text: int(text, 16),
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?": float,
+}
+"""The core schema's, without infinity and NaN: no key takes them, and JSON has none."""
+
+_LONGEST_PROBLEM = 200
+"""Characters; PyYAML repeats some of what it was given whole."""
+
+
+class _Mark(Protocol):
+    """A place in the text, counted from 0, of PyYAML's Python or C."""
+
+    @property
+    def line(self) -> int: ...
+
+    @property
+    def column(self) -> int: ...
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each string that either version of YAML would read as something else."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{'|'.join(_NUMBERS)})$"), None
+)
+
+
+def object_from_yaml(text: str) -> JsonObject:
+    """The one object that text is. Raises InvalidNetworkConfig with line and column.
+
+    Aliases, anchors, tags, duplicate keys and further documents are refused: no network needs
+    them, and they are how a small text becomes a large one, or a key means two things.
+    """
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    try:
+        value = _read_document(events)
+    except yaml.MarkedYAMLError as failure:
+        mark = failure.problem_mark or failure.context_mark
+        what = f"{failure.problem or failure.context}"
+        raise _fault(what[:_LONGEST_PROBLEM], mark) from failure
+    except yaml.reader.ReaderError as failure:
+        line = text.count("\n", 0, failure.position) + 1
+        column = failure.position - text.rfind("\n", 0, failure.position)
+        raise InvalidNetworkConfig(
+            f"line {line}, column {column}: a character that YAML does not allow",
+            "write it in double quotes, escaped",
+        ) from failure
+    except (ValueError, OverflowError) as failure:
+        # PyYAML's scanner leaves them to chr() for \Uffffffff and to int() for 5,000 digits.
+        raise InvalidNetworkConfig(f"not YAML: {failure}") from failure
+    return as_object(value, where="the definition")
+
+
+def network_to_yaml(network: Network) -> str:
+    """Network as YAML, in ASCII."""
+    return yaml.dump(network_to_object(network), Dumper=_Dumper, sort_keys=False)
+
+
+def _read_document(events: Iterator[yaml.Event]) -> object:
+    next(events)  # StreamStart
+    event = next(events)
+    if isinstance(event, yaml.StreamEndEvent):
+        return None
+    value = _read_node(next(events), events, MAX_DEPTH)
+    next(events)  # DocumentEnd
+    event = next(events)
+    if not isinstance(event, yaml.StreamEndEvent):
+        raise _fault("a second document", event.start_mark, "a file holds one network")
+    return value
+
+
+def _read_node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> object:
+    _refuse_graph(event)
+    if isinstance(event, yaml.ScalarEvent):
+        return _read_scalar(event)
+    if depth == 0:
+        raise _fault(
+            "objects and lists nest too deeply", event.start_mark, f"allowed: {MAX_DEPTH} levels"
+        )
+    if isinstance(event, yaml.SequenceStartEvent):
+        return _read_list(events, depth - 1)
+    return _read_object(events, depth - 1)
+
+
+def _read_list(events: Iterator[yaml.Event], depth: int) -> list[object]:
+    items = []
+    while not isinstance(event := next(events), yaml.SequenceEndEvent):
+        items.append(_read_node(event, events, depth))
+    return items
+
+
+def _read_object(events: Iterator[yaml.Event], depth: int) -> dict[str, object]:
+    value: dict[str, object] = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        _refuse_graph(event)
+        if not isinstance(event, yaml.ScalarEvent):
+            raise _fault("a key that is a list or an object", event.start_mark, "a key is a word")
+        if event.value in value:
+            raise _fault(
+                f"a key is twice in one object: {describe(event.value)}",
+                event.start_mark,
+                "keep one of them",
+            )
+        value[event.value] = _read_node(next(events), events, depth)
+    return value
+
+
+def _refuse_graph(event: yaml.Event) -> None:
+    """Refuse what would make the document more than a tree of plain values."""
+    if isinstance(event, yaml.AliasEvent):
+        raise _fault("an alias", event.start_mark, "write the value out")
+    if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+        if event.anchor is not None:
+            raise _fault("an anchor", event.start_mark, "leave it out")
+        if event.tag is not None:
+            raise _fault("a tag", event.start_mark, "leave it out; a string may be quoted")
+
+
+def _read_scalar(event: yaml.ScalarEvent) -> object:
+    is_plain, _ = event.implicit
+    if is_plain:
+        if event.value in _CONSTANTS:
+            return _CONSTANTS[event.value]
+        for pattern, convert in _NUMBERS.items():
+            if re.fullmatch(pattern, event.value):
+                return convert(event.value)
+    return event.value
+
+
+def _fault(what: str, mark: _Mark | None, hint: str = "it has to be YAML") -> InvalidNetworkConfig:
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return InvalidNetworkConfig(f"{place}{what}", hint)

@@ -1,0 +1,128 @@
+"""The folder of network definitions: one file a network, named as the network is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from extbridge.network.definition import Network, parse_network, parse_network_name
+from extbridge.network.spelling_json import object_from_json
+from extbridge.spec.errors import InvalidNetworkConfig, IoFailure
+from extbridge.spec.fields import JsonObject, allowed_hint
+from extbridge.spec.request import find_name_fault
+
+DEFAULT_DIRECTORY: Final = "/etc/cni/extbridge.d"
+
+MAX_FILE_BYTES: Final = 256 * 1024
+
+_MAX_LISTED = 20
+"""Networks that an error names."""
+
+
+def load_network(name: str, directory: str) -> Network:
+    """The network called name, from the one file of directory that is called so.
+
+    Raises InvalidNetworkConfig, and IoFailure for a file that is there but cannot be read.
+    """
+    parse_network_name(name, field="network")
+    contents = {}
+    for suffix in READERS:
+        path = Path(directory, name + suffix)
+        data = _read_file(path)
+        if data is not None:
+            contents[path] = data
+    if not contents:
+        raise _not_found(name, directory)
+    if len(contents) > 1:
+        raise InvalidNetworkConfig(
+            f"network {name} is defined more than once: {', '.join(map(str, contents))}",
+            "keep one of these files",
+        )
+    [(path, data)] = contents.items()
+    try:
+        return parse_network(read_definition(data, path.suffix), name=name)
+    except InvalidNetworkConfig as failure:
+        raise InvalidNetworkConfig(f"{path}: {failure.message}", failure.hint) from failure
+
+
+def read_definition(data: bytes, suffix: str) -> JsonObject:
+    """The object that a file's data says, in the spelling of its suffix, one of READERS.
+
+    Raises InvalidNetworkConfig and nothing else, whatever data is.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidNetworkConfig(
+            f"over {MAX_FILE_BYTES} bytes are too many for a network", "allowed: 256 KiB"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        raise InvalidNetworkConfig(
+            f"byte {failure.start} is not UTF-8", "save the file as UTF-8"
+        ) from failure
+    return READERS[suffix](text)
+
+
+def _object_from_yaml(text: str) -> JsonObject:
+    # PyYAML takes 30 ms to import, which only those should pay who have a YAML file.
+    from extbridge.network.spelling_yaml import object_from_yaml  # noqa: PLC0415
+
+    return object_from_yaml(text)
+
+
+def _object_from_xml(text: str) -> JsonObject:
+    from extbridge.network.spelling_xml import object_from_xml  # noqa: PLC0415 - as above
+
+    return object_from_xml(text)
+
+
+READERS: Final[Mapping[str, Callable[[str], JsonObject]]] = {
+    ".yaml": _object_from_yaml,
+    ".yml": _object_from_yaml,
+    ".json": object_from_json,
+    ".xml": _object_from_xml,
+}
+"""What reads a file, by its suffix."""
+
+
+def _read_file(path: Path) -> bytes | None:
+    """The file's content, None if there is no such file; at most a byte more than is allowed."""
+    try:
+        # Without O_NONBLOCK a FIFO of that name would hold the request up for good.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IoFailure(f"{path} is not a regular file", "a network is defined in a file")
+            return file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as failure:
+        raise _unreadable(path, failure) from failure
+
+
+def _not_found(name: str, directory: str) -> InvalidNetworkConfig:
+    try:
+        files = sorted(Path(directory).iterdir())
+    except FileNotFoundError:
+        return InvalidNetworkConfig(
+            f"network {name} is not defined: there is no folder {directory}",
+            f"write {directory}/{name}.yaml",
+        )
+    except OSError as failure:
+        raise _unreadable(Path(directory), failure) from failure
+    defined = [
+        file.stem for file in files if file.suffix in READERS and not find_name_fault(file.stem)
+    ][:_MAX_LISTED]
+    return InvalidNetworkConfig(
+        f"network {name} is not defined in {directory}",
+        allowed_hint(name, defined) if defined else f"write {directory}/{name}.yaml",
+    )
+
+
+def _unreadable(path: Path, failure: OSError) -> IoFailure:
+    return IoFailure(
+        f"{path} cannot be read: {failure.strerror}", "it has to be readable by root on this node"
+    )

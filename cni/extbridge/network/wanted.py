@@ -1,0 +1,295 @@
+"""What an ADD asks for: which networks, under which names, with which addresses.
+
+All of it is decided from the request and definition files, before anything in the kernel is looked
+at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from extbridge.network.annotation import (
+    NETWORKS_ANNOTATION,
+    AskedNic,
+    parse_networks_annotation,
+)
+from extbridge.network.definition import (
+    DEFINITION_KEYS,
+    Network,
+    parse_network,
+    parse_network_name,
+    refuse_unsupported,
+)
+from extbridge.network.mac import derive_mac, parse_mac
+from extbridge.network.store import DEFAULT_DIRECTORY, load_network
+from extbridge.spec.errors import (
+    InvalidEnvironment,
+    InvalidNetworkConfig,
+    NameTaken,
+    UnsupportedField,
+)
+from extbridge.spec.fields import (
+    JsonObject,
+    describe,
+    field_path,
+    get_int,
+    get_list,
+    get_object,
+    get_str,
+    refuse_unknown,
+)
+from extbridge.spec.request import Request
+from extbridge.spec.result import prev_interface
+
+POD_ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
+"""The capability by which containerd hands a pod's annotations to a plugin."""
+
+VM_ANNOTATION: Final = "extbridge.io/vm"
+
+_CNI_KEYS = (
+    "cniVersion",
+    "cniVersions",
+    "name",
+    "type",
+    "disableCheck",
+    "disableGC",
+    "loadOnlyInlinedPlugins",
+    "capabilities",
+    "runtimeConfig",
+    "args",
+    "prevResult",
+    "dns",
+)
+
+_CONFIG_KEYS = tuple(dict.fromkeys((*_CNI_KEYS, "network", "networksDir", *DEFINITION_KEYS)))
+
+_MAX_VM_NAME_CHARACTERS = 253
+"""What Kubernetes allows the name of an object."""
+
+_NO_LIMIT = frozenset({None, 0, 0xFFFFFFFF})
+"""How runtimes say that a pod's bandwidth is not limited: containerd writes all of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmIdentity:
+    """Whose NIC it is, the same on every node and after every restart."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WantedNic:
+    """One NIC to make. ifname None is the first unused `macvtap%d`, mac None the derived one."""
+
+    network: Network
+    ifname: str | None
+    mac: str | None
+    vm: VmIdentity
+
+
+def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
+    """The NICs that an ADD asks for; none where a chained pod's annotation asks for none.
+
+    Of ADD only: the prevResult of other verbs already holds what ADD made. Raises
+    InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken and IoFailure.
+    """
+    config = request.config
+    _refuse_unknown_keys(config)
+    runtime = get_object(config, "runtimeConfig") or {}
+    annotations = get_object(runtime, POD_ANNOTATIONS, where="runtimeConfig") or {}
+    asked = parse_networks_annotation(get_str(annotations, NETWORKS_ANNOTATION) or "")
+    if request.prev_result is not None and _declares_annotations(config):
+        networks = [_find_network(config, nic.name) for nic in asked]
+    else:
+        network = configured_network(config)
+        if network is None:
+            raise InvalidNetworkConfig(
+                "the configuration says neither extbridge nor network",
+                'name the NIC: "extbridge": {"dev": "eth0"}, or a definition: "network": "NAME"',
+            )
+        networks = [network]
+        asked = (_find_own(asked, network.name),)
+    if not networks:
+        return ()
+    _refuse_unsupported_wishes(runtime, asked)
+    for network in networks:
+        refuse_unsupported(network)
+    ifnames = _choose_ifnames(request, asked)
+    macs = _choose_macs(request, runtime, asked, networks)
+    vm = _identify_vm(request, annotations)
+    return tuple(
+        WantedNic(network, ifname, mac, vm)
+        for network, ifname, mac in zip(networks, ifnames, macs, strict=True)
+    )
+
+
+def configured_network(config: JsonObject) -> Network | None:
+    """The one network that the configuration itself names or defines; None if neither.
+
+    Raises InvalidNetworkConfig and IoFailure.
+    """
+    definition = _inline_definition(config)
+    name = get_str(config, "network")
+    if name is None:
+        return None if definition is None else parse_network(definition)
+    if definition is not None:
+        inline = ", ".join(key for key in definition if key != "name")
+        raise InvalidNetworkConfig(
+            f"the configuration names the network {describe(name)} and defines one: {inline}",
+            "either name a network or define it here",
+        )
+    return load_network(parse_network_name(name, field="network"), _networks_dir(config))
+
+
+def derived_or_given_mac(wanted: WantedNic, ifname: str) -> str:
+    """The MAC that wanted is to have under the name that it got."""
+    return wanted.mac or derive_mac(
+        wanted.network.mac_prefix,
+        network=wanted.network.name,
+        namespace=wanted.vm.namespace,
+        vm=wanted.vm.name,
+        ifname=ifname,
+    )
+
+
+def _refuse_unknown_keys(config: JsonObject) -> None:
+    # SPEC 1.1.0 section 1 keeps every key that begins so for itself.
+    ours = {key: value for key, value in config.items() if not key.startswith("cni.dev/")}
+    refuse_unknown(ours, _CONFIG_KEYS)
+
+
+def _declares_annotations(config: JsonObject) -> bool:
+    capabilities = get_object(config, "capabilities") or {}
+    return capabilities.get(POD_ANNOTATIONS) is True
+
+
+def _inline_definition(config: JsonObject) -> JsonObject | None:
+    """The keys of config that define a network, its name with them; None if there are none.
+
+    A key without a value counts as absent: Go writes an ipam that was never filled as {}.
+    """
+    given = {key: config[key] for key in DEFINITION_KEYS if config.get(key) not in (None, {})}
+    return given if given.keys() - {"name"} else None
+
+
+def _networks_dir(config: JsonObject) -> str:
+    given = get_str(config, "networksDir")
+    if given is None:
+        return DEFAULT_DIRECTORY
+    if not given.startswith("/") or not given.isprintable():
+        raise InvalidNetworkConfig(
+            f"networksDir is {describe(given)}", f"it has to be a path from /: {DEFAULT_DIRECTORY}"
+        )
+    return given
+
+
+def _find_network(config: JsonObject, name: str) -> Network:
+    definition = _inline_definition(config)
+    if definition is not None and definition.get("name") == name:
+        return parse_network(definition)
+    return load_network(name, _networks_dir(config))
+
+
+def _find_own(asked: Sequence[AskedNic], name: str) -> AskedNic:
+    """What the annotation says about the one network that the configuration is for.
+
+    Not its interface: that is CNI_IFNAME, and whoever set that has read an annotation already.
+    """
+    own = next((nic for nic in asked if nic.name == name), AskedNic(name))
+    return AskedNic(name, mac=own.mac, ips=own.ips)
+
+
+def _refuse_unsupported_wishes(runtime: JsonObject, asked: Sequence[AskedNic]) -> None:
+    where = "runtimeConfig"
+    bandwidth = get_object(runtime, "bandwidth", where=where) or {}
+    # containerd hands over a Go struct without its tags: IngressRate for ingressRate.
+    rates = {
+        get_int(bandwidth, key, where=field_path(where, "bandwidth"))
+        for key in bandwidth
+        if key.lower() in {"ingressrate", "egressrate"}
+    }
+    wishes: Mapping[str, bool] = {
+        "runtimeConfig.ips": bool(get_list(runtime, "ips", where=where)),
+        "runtimeConfig.deviceID": bool(get_str(runtime, "deviceID", where=where)),
+        "runtimeConfig.bandwidth": not rates <= _NO_LIMIT,
+        f"ips in {NETWORKS_ANNOTATION}": any(nic.ips for nic in asked),
+    }
+    for wish, is_there in wishes.items():
+        if is_there:
+            raise InvalidNetworkConfig(f"{wish} is not supported yet", "leave it out")
+
+
+def _choose_ifnames(request: Request, asked: Sequence[AskedNic]) -> list[str | None]:
+    """CNI_IFNAME for the first, unless an earlier plugin has made it; then as the pod asks."""
+    ifnames = [nic.interface for nic in asked]
+    if not _is_taken(request, request.ifname):
+        if ifnames[0] not in {None, request.ifname}:
+            raise UnsupportedField(
+                f"{NETWORKS_ANNOTATION} asks for {ifnames[0]} while no earlier plugin has made "
+                f"{request.ifname}",
+                f"the first NIC has to be {request.ifname}; leave its interface out",
+            )
+        ifnames[0] = request.ifname
+    for index, ifname in enumerate(ifnames):
+        if ifname is not None and (_is_taken(request, ifname) or ifname in ifnames[:index]):
+            raise NameTaken(
+                f"the interface name {ifname} is taken",
+                f"ask for another in {NETWORKS_ANNOTATION}",
+            )
+    return ifnames
+
+
+def _is_taken(request: Request, ifname: str) -> bool:
+    interface = prev_interface(request.prev_result, ifname)
+    return interface is not None and bool(interface.get("sandbox"))
+
+
+def _choose_macs(
+    request: Request,
+    runtime: JsonObject,
+    asked: Sequence[AskedNic],
+    networks: Sequence[Network],
+) -> list[str | None]:
+    """The first given of the runtime's, the annotation's and the network's; None is derived."""
+    from_runtime = _get_runtime_mac(request, runtime)
+    if from_runtime is not None and len(asked) > 1:
+        raise UnsupportedField(
+            f"the MAC {from_runtime} is given for a pod with {len(asked)} NICs",
+            f"give each NIC its own in {NETWORKS_ANNOTATION}",
+        )
+    return [
+        from_runtime or nic.mac or network.mac for nic, network in zip(asked, networks, strict=True)
+    ]
+
+
+def _get_runtime_mac(request: Request, runtime: JsonObject) -> str | None:
+    """runtimeConfig, args, CNI_ARGS: the order that CNI's conventions give them."""
+    cni_args = get_object(get_object(request.config, "args") or {}, "cni", where="args") or {}
+    for obj, where in ((runtime, "runtimeConfig"), (cni_args, "args.cni")):
+        given = get_str(obj, "mac", where=where)
+        if given:
+            return parse_mac(given, field=f"{where}.mac")
+    given = request.args.get("MAC")
+    if not given:
+        return None
+    try:
+        return parse_mac(given, field="MAC of CNI_ARGS")
+    except InvalidNetworkConfig as failure:
+        raise InvalidEnvironment(failure.message, failure.hint) from failure
+
+
+def _identify_vm(request: Request, annotations: JsonObject) -> VmIdentity:
+    annotated = get_str(annotations, VM_ANNOTATION)
+    if annotated and (len(annotated) > _MAX_VM_NAME_CHARACTERS or not annotated.isprintable()):
+        raise InvalidNetworkConfig(
+            f"{VM_ANNOTATION} is {describe(annotated)}",
+            f"it has to be the VM's name, printable, of at most {_MAX_VM_NAME_CHARACTERS} "
+            "characters",
+        )
+    return VmIdentity(
+        namespace=request.args.get("K8S_POD_NAMESPACE", ""),
+        name=annotated or request.args.get("K8S_POD_NAME") or request.container_id,
+    )

@@ -1,0 +1,1 @@
+"""What a node has: the launcher's words, and the agent."""

@@ -1,0 +1,88 @@
+"""The command that a VM container runs, with its NICs written into it.
+
+Used by `extbridge run` directly, and by the agent for `extbridge-exec`, which only execs what it is
+told. QEMU's options: qemu(1), `-netdev tap` and `-device virtio-net-pci`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from extbridge.handoff import Tap
+from extbridge.spec.errors import InvalidEnvironment
+
+MODEL_VARIABLE: Final = "EXTBRIDGE_MODEL"
+DEFAULT_MODEL: Final = "virtio-net-pci"
+
+_KEYS = ("fd", "fds", "vhostfds", "mac", "mtu", "queues")
+
+# Only these keys make it a placeholder: QEMU's own arguments may be JSON.
+_PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.(%s)\}" % "|".join(_KEYS))
+
+
+def render_command(
+    argv: Sequence[str], taps: Sequence[Tap], *, model: str = DEFAULT_MODEL
+) -> list[str]:
+    """`argv` with `{net1.fd}` and its like filled in; without any, with options for every tap.
+
+    Raises InvalidEnvironment for a placeholder that cannot be filled.
+    """
+    if any(_PLACEHOLDER.search(argument) for argument in argv):
+        values = {tap.name: _values(tap) for tap in taps}
+        return [
+            _PLACEHOLDER.sub(lambda found: _fill(found, values), argument) for argument in argv
+        ]
+    options = [option for n, tap in enumerate(taps) for option in _qemu_options(n, tap, model)]
+    return [*argv, *options]
+
+
+def _values(tap: Tap) -> dict[str, str]:
+    values = {
+        "fds": ":".join(map(str, tap.fds)),
+        "mac": tap.mac,
+        "mtu": str(tap.mtu),
+        "queues": str(len(tap.fds)),
+    }
+    if len(tap.fds) == 1:
+        values["fd"] = str(tap.fds[0])
+    if tap.vhost_fds:
+        values["vhostfds"] = ":".join(map(str, tap.vhost_fds))
+    return values
+
+
+def _fill(found: re.Match[str], values: dict[str, dict[str, str]]) -> str:
+    name, key = found.groups()
+    if name not in values:
+        raise InvalidEnvironment(
+            f"{found.group()}: there is no NIC {name}", f"there is {', '.join(values)}"
+        )
+    if key in values[name]:
+        return values[name][key]
+    if key == "fd":
+        raise InvalidEnvironment(
+            f"{found.group()}: {name} has {values[name]['queues']} queues, an fd each",
+            f"write fds={{{name}.fds}}",
+        )
+    raise InvalidEnvironment(
+        f"{found.group()}: the node has no vhost-net",
+        "leave vhost=on and vhostfds away (QEMU aborts on one without the other),"
+        " or load vhost_net on the node",
+    )
+
+
+def _qemu_options(number: int, tap: Tap, model: str) -> list[str]:
+    name = f"extbridge{number}"
+    plural = "s" if len(tap.fds) > 1 else ""
+    values = _values(tap)
+    netdev = f"tap,id={name},fd{plural}={values['fds']}"
+    if tap.vhost_fds:
+        netdev += f",vhost=on,vhostfd{plural}={values['vhostfds']}"
+    device = f"{model},netdev={name},mac={tap.mac}"
+    if model.startswith("virtio-net"):
+        device += f",host_mtu={tap.mtu}"
+        if plural:
+            # One vector a direction of each queue, one for configuration, one for control.
+            device += f",mq=on,vectors={2 * len(tap.fds) + 2}"
+    return ["-netdev", netdev, "-device", device]

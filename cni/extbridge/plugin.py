@@ -1,0 +1,338 @@
+"""The verbs of the CNI specification.
+
+The same functions serve the executable `extbridge-cni`, which runs them in its own process, and
+the node agent; what differs is only who reads the request and who prints the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from extbridge.attachment import (
+    Pod,
+    attach,
+    detach,
+    detach_unrecorded,
+    differences,
+    enter_pod,
+)
+from extbridge.kernel.links import Link, find_link, list_links
+from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
+from extbridge.kernel.netns import is_own, netns_inode, opened_netns
+from extbridge.ledger import Entry, Held, Ledger
+from extbridge.network.definition import Network
+from extbridge.network.wanted import WantedNic, configured_network, wanted_nics
+from extbridge.spec import fields, skel
+from extbridge.spec.errors import (
+    AttachmentDiffers,
+    CniError,
+    InvalidEnvironment,
+    InvalidNetworkConfig,
+    KernelRefused,
+    LimitedConnectivity,
+    NameTaken,
+    PluginNotAvailable,
+    TryAgainLater,
+    UnknownContainer,
+)
+from extbridge.spec.request import Request, Verb
+from extbridge.spec.result import add_interface, prev_interface, start_from
+
+VALID_ATTACHMENTS = "cni.dev/valid-attachments"
+
+# Links that carry others' frames to their own master; macvtap cannot take its place beside it
+# (netdev_rx_handler_register answers EBUSY).
+_MASTERS_THAT_TAKE_ALL = ("bridge", "bond", "team", "openvswitch")
+
+
+def cmd_add(request: Request, ledger: Ledger) -> Mapping[str, object]:
+    """Make every NIC that the request asks for, or none (SPEC section 2, "ADD")."""
+    nics = wanted_nics(request)
+    result = start_from(request.prev_result, request.cni_version)
+    if not nics:
+        return result
+    with ExitStack() as closing, ExitStack() as undo:
+        host = closing.enter_context(Netlink(NETLINK_ROUTE))
+        netns = closing.enter_context(_pods_netns(request.netns))
+        if netns is None:
+            raise _no_netns(request)
+        lowers = [_usable_nic(host, nic.network) for nic in nics]
+        held = closing.enter_context(ledger.hold(request.container_id))
+        pod = closing.enter_context(enter_pod(netns))
+        former = _former_names(request, held, pod)
+        for nic, lower in zip(nics, lowers, strict=True):
+            entry = attach(
+                nic,
+                _draft(request, nic, lower, netns),
+                ledger=ledger,
+                held=held,
+                host=host,
+                lower=lower,
+                pod=pod,
+                former_ifname=former.get(nic.network.name, ""),
+            )
+            undo.callback(detach, entry, held=held, pod=pod)
+            add_interface(
+                result, name=entry.ifname, mac=entry.mac, sandbox=request.netns, mtu=entry.mtu
+            )
+        undo.pop_all()
+    return result
+
+
+def cmd_del(request: Request, ledger: Ledger) -> None:
+    """Unmake the attachment, by ledger and by kernel, whichever still knows of it.
+
+    Succeeds when nothing is left to do (SPEC section 2, "DEL").
+    """
+    with ExitStack() as closing:
+        netns = closing.enter_context(_pods_netns(request.netns))
+        if ledger.knows(request.container_id):
+            held = closing.enter_context(ledger.hold(request.container_id))
+            for entry in held.entries():
+                if entry.cni_ifname == request.ifname:
+                    _detach_wherever(entry, netns, held)
+        if netns is not None:
+            before = prev_interface(request.prev_result, request.ifname) or {}
+            mac = fields.get_str(before, "mac") or ""
+            with enter_pod(netns) as pod:
+                detach_unrecorded(request.container_id, request.ifname, mac.lower(), pod=pod)
+
+
+def cmd_check(request: Request, ledger: Ledger) -> None:
+    """Compare the attachment with what ADD made and said (SPEC section 2, "CHECK")."""
+    if request.prev_result is None:
+        raise InvalidNetworkConfig(
+            "CHECK came without prevResult", "the runtime has to give the result of ADD"
+        )
+    wanted = wanted_nics(request)
+    entries = [
+        entry for entry in ledger.of(request.container_id) if entry.cni_ifname == request.ifname
+    ]
+    if len(entries) < len(wanted):
+        raise UnknownContainer(
+            f"the ledger has {len(entries)} of the {len(wanted)} NICs of container"
+            f" {request.container_id} that were asked for by {request.ifname}",
+            "delete the pod and create it again",
+        )
+    with ExitStack() as closing:
+        netns = closing.enter_context(_pods_netns(request.netns))
+        if netns is None:
+            raise _no_netns(request)
+        host = closing.enter_context(Netlink(NETLINK_ROUTE))
+        pod = closing.enter_context(enter_pod(netns))
+        found = []
+        for entry in entries:
+            found += differences(entry, host=host, pod=pod)
+            found += _result_differences(entry, request)
+    if found:
+        raise AttachmentDiffers("; ".join(found), "delete the pod and create it again")
+
+
+def cmd_gc(request: Request, ledger: Ledger) -> None:
+    """Unmake this network's attachments that are not in the list; no list, nothing to do.
+
+    One that cannot be unmade does not keep the others (SPEC section 2, "GC").
+    """
+    listed = fields.get_list(request.config, VALID_ATTACHMENTS)
+    if listed is None:
+        return
+    valid = {_valid_attachment(item) for item in listed}
+    failures = []
+    for entry in list(ledger.entries()):
+        if entry.network != request.name or (entry.container_id, entry.cni_ifname) in valid:
+            continue
+        try:
+            with ledger.hold(entry.container_id) as held:
+                if entry in held.entries():
+                    _detach_wherever(entry, None, held)
+        except (OSError, CniError) as error:
+            failures.append(f"{entry.ifname} of {entry.container_id}: {error}")
+    if failures:
+        raise KernelRefused(f"not everything could be removed: {'; '.join(failures)}")
+
+
+def cmd_status(request: Request) -> None:
+    """Whether an ADD can succeed: the NIC is there, and has carrier (SPEC section 2, "STATUS")."""
+    network = configured_network(request.config)
+    if network is None:
+        return
+    with Netlink(NETLINK_ROUTE) as host:
+        try:
+            lower = _usable_nic(host, network)
+        except (InvalidNetworkConfig, TryAgainLater) as error:
+            raise PluginNotAvailable(
+                f"network {network.name}: {error.message}", error.hint
+            ) from error
+    if not lower.carrier:
+        raise LimitedConnectivity(
+            f"network {network.name}: {lower.name} has no carrier",
+            "check the cable and the switch port",
+        )
+
+
+def verbs(ledger: Ledger) -> skel.Verbs:
+    """What each verb does, with the ledger it works on."""
+    return {
+        Verb.ADD: partial(cmd_add, ledger=ledger),
+        Verb.DEL: partial(cmd_del, ledger=ledger),
+        Verb.CHECK: partial(cmd_check, ledger=ledger),
+        Verb.GC: partial(cmd_gc, ledger=ledger),
+        Verb.STATUS: cmd_status,
+    }
+
+
+def main() -> int:
+    """The executable `extbridge-cni`."""
+    return skel.main(
+        os.environ,
+        sys.stdin.buffer,
+        sys.stdout.buffer,
+        sys.stderr,
+        verbs(Ledger.from_environment(os.environ)),
+    )
+
+
+def _draft(request: Request, nic: WantedNic, lower: Link, netns: int) -> Entry:
+    pod = f"{nic.vm.namespace}/{nic.vm.name}" if nic.vm.namespace else ""
+    return Entry(
+        container_id=request.container_id,
+        cni_ifname=request.ifname,
+        ifname="",
+        network=request.name,
+        definition=nic.network.name,
+        pod=pod,
+        netns=request.netns,
+        netns_inode=netns_inode(netns),
+        ifindex=0,
+        mac="",
+        mode=nic.network.mode,
+        lower=lower.name,
+        lower_ifindex=lower.ifindex,
+        mtu=lower.mtu if nic.network.mtu is None else nic.network.mtu,
+        queues=nic.network.queues,
+    )
+
+
+def _former_names(request: Request, held: Held, pod: Pod) -> dict[str, str]:
+    """Clear what an earlier ADD of this attachment left; give the names it had, by network.
+
+    An intent is the trace of an ADD that was killed. A finished one whose link is gone lost it with
+    its NIC. One that is whole is an attachment that was asked for twice.
+    """
+    former = {}
+    for entry in held.entries():
+        if entry.cni_ifname != request.ifname:
+            continue
+        if entry.done and find_link(pod.route, ifindex=entry.ifindex) is not None:
+            raise NameTaken(
+                f"container {request.container_id} has this attachment already:"
+                f" {entry.ifname}, ifindex {entry.ifindex}",
+                "delete it first (DEL)",
+            )
+        detach(entry, held=held, pod=pod)
+        former[entry.definition] = entry.ifname
+    return former
+
+
+def _detach_wherever(entry: Entry, netns: int | None, held: Held) -> None:
+    """Unmake the entry in `netns`, if that is the namespace it was made in, else by its path."""
+    with ExitStack() as closing:
+        if netns is None or netns_inode(netns) != entry.netns_inode:
+            netns = closing.enter_context(_pods_netns(entry.netns))
+        if netns is None or netns_inode(netns) != entry.netns_inode:
+            detach(entry, held=held, pod=None)
+            return
+        detach(entry, held=held, pod=closing.enter_context(enter_pod(netns)))
+
+
+@contextmanager
+def _pods_netns(path: str) -> Iterator[int | None]:
+    """An fd of the pod's namespace for the length of the block, None where it is gone."""
+    with opened_netns(path) as netns:
+        if netns is not None and is_own(netns):
+            raise InvalidEnvironment(
+                f"CNI_NETNS: {path} is the namespace extbridge itself runs in",
+                "give the pod's; a hostNetwork pod has no NIC of its own to get",
+            )
+        yield netns
+
+
+def _no_netns(request: Request) -> InvalidEnvironment:
+    return InvalidEnvironment(
+        f"CNI_NETNS: there is no network namespace at {request.netns}",
+        "give the path of the pod's, such as /var/run/netns/NAME; it may have ended meanwhile",
+    )
+
+
+def _usable_nic(host: Netlink, network: Network) -> Link:
+    """The network's NIC, fit to carry it; refuses what the kernel would, in words."""
+    name = network.dev.names[0]
+    lower = find_link(host, name=name)
+    if lower is None:
+        present = ", ".join(
+            link.name for link in list_links(host) if link.ethernet and not link.loopback
+        )
+        raise InvalidNetworkConfig(
+            f"extbridge.dev: the node has no NIC {name!r}", f"it has {present}"
+        )
+    unfit = ""
+    if lower.loopback:
+        unfit = "is the loopback"
+    elif not lower.ethernet:
+        unfit = "is not an Ethernet NIC"
+    elif lower.kind in ("macvtap", "macvlan"):
+        unfit = f"is itself a {lower.kind}; name the NIC below it"
+    elif lower.master:
+        master = find_link(host, ifindex=lower.master)
+        if master is not None and master.kind in _MASTERS_THAT_TAKE_ALL:
+            unfit = f"is a port of {master.kind} {master.name}; name that one, or free the NIC"
+    if unfit:
+        raise InvalidNetworkConfig(
+            f"extbridge.dev: {name} {unfit}",
+            "extbridge needs an Ethernet NIC of its own or a bridge",
+        )
+    if network.mtu is not None and network.mtu > lower.mtu:
+        raise InvalidNetworkConfig(
+            f"mtu: {network.mtu} is more than the {lower.mtu} of {name}",
+            f"give at most {lower.mtu}, or raise the NIC's",
+        )
+    if not lower.up:
+        raise TryAgainLater(f"extbridge.dev: {name} is down", f"ip link set {name} up")
+    return lower
+
+
+def _valid_attachment(item: object) -> tuple[str, str]:
+    if not isinstance(item, dict):
+        raise InvalidNetworkConfig(
+            f"{VALID_ATTACHMENTS}: {item!r} is not an object",
+            'give [{"containerID": …, "ifname": …}]',
+        )
+    where = VALID_ATTACHMENTS
+    container_id = fields.get_str(item, "containerID", where=where)
+    ifname = fields.get_str(item, "ifname", where=where)
+    if not container_id or not ifname:
+        raise InvalidNetworkConfig(
+            f"{where}: {item!r} lacks containerID or ifname",
+            "nothing is deleted on the word of a list that may be incomplete",
+        )
+    return container_id, ifname
+
+
+def _result_differences(entry: Entry, request: Request) -> list[str]:
+    told = prev_interface(request.prev_result, entry.ifname)
+    if told is None:
+        return [f"{entry.ifname}: prevResult does not have it"]
+    compared = [
+        ("MAC", entry.mac, (fields.get_str(told, "mac") or entry.mac).lower()),
+        ("sandbox", request.netns, fields.get_str(told, "sandbox") or request.netns),
+        ("MTU", entry.mtu, fields.get_int(told, "mtu") or entry.mtu),
+    ]
+    return [
+        f"{entry.ifname}: {what} is {found!r} in prevResult, ADD made it {made!r}"
+        for what, made, found in compared
+        if found != made
+    ]
