@@ -54,8 +54,10 @@ def nothing_left_behind() -> Iterator[None]:
     if left:
         # They would keep the node's namespace alive after its tests.
         for pid in _children(left):
+            left.remove(f"process {pid}")
+            left.add(f"process {pid}: {_command_line(pid)}")
             os.kill(pid, signal.SIGKILL)
-        _reap(left)
+            os.waitpid(pid, 0)
         pytest.fail(f"left behind: {', '.join(sorted(left))}", pytrace=False)
 
 
@@ -111,6 +113,10 @@ def _held() -> set[str]:
 
 def _children(held: set[str]) -> list[int]:
     return [int(what.removeprefix("process ")) for what in held if what.startswith("process ")]
+
+
+def _command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
 
 
 def _reap(held: set[str]) -> None:

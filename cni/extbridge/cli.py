@@ -28,7 +28,7 @@ def cli() -> None:
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoReturn:
-    """Run COMMAND, a QEMU, with the taps of a namespace, as root and without an agent.
+    r"""Run COMMAND, a QEMU, with the taps of a namespace, as root and without an agent.
 
     \b
     Filled in anywhere in COMMAND, for a NIC named net1:
@@ -55,9 +55,9 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
             argv = render_command(command, taps, model=model)
             for tap in taps:
                 for fd in (*tap.fds, *tap.vhost_fds):
-                    os.set_inheritable(fd, True)
+                    os.set_inheritable(fd, True)  # noqa: FBT003 - os takes no keyword
             try:
-                os.execvp(argv[0], argv)
+                os.execvp(argv[0], argv)  # noqa: S606 - that is the command's purpose
             except OSError as error:
                 raise click.ClickException(f"{argv[0]}: {error.strerror}") from error
 

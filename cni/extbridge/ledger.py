@@ -183,14 +183,14 @@ def _entries(folder: Path) -> list[Entry]:
     found = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
-            with suppress(FileNotFoundError, ValueError, InvalidNetworkConfig):
+            with suppress(FileNotFoundError, ValueError, TypeError, InvalidNetworkConfig):
                 found.append(_parse(json.loads(path.read_text())))
     return found
 
 
 def _parse(stored: object) -> Entry:
     if not isinstance(stored, dict):
-        raise ValueError("a ledger entry is not an object")
+        raise TypeError("a ledger entry is not an object")
     held = get_object(stored, "holder")
     holder = None
     if held is not None:

@@ -138,7 +138,7 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
 
 
 def set_up(route: Netlink, ifindex: int, *, alias: str) -> None:
-    """Set the link UP and its alias. EADDRINUSE (EBUSY before 5.14): its MAC is taken on the NIC."""
+    """Set the link UP and its alias. EADDRINUSE, or EBUSY on older kernels: its MAC is taken."""
     payload = _IFINFO.pack(0, 0, ifindex, _IFF_UP, _IFF_UP) + text(_IFLA_IFALIAS, alias)
     route.request(_RTM_NEWLINK, payload, what=f"RTM_NEWLINK up of ifindex {ifindex}")
 

@@ -42,7 +42,7 @@ _ERROR = struct.Struct("=i")
 # nlmsgerr: the errno, then the header of the message it answers.
 _ERROR_WITH_HEADER = _ERROR.size + _HEADER.size
 
-# A dump's parts are at most this long (NLMSG_GOODSIZE is a page, 32 KiB where the reader offers it).
+# A dump comes in parts of at most 32 KiB (netlink_dump).
 _RECEIVE = 1 << 16
 
 

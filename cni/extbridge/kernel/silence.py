@@ -6,11 +6,13 @@ stop it, none of which touches the frames of an open tap:
 
 - NOARP, given when the link is made, for ARP in both directions;
 - `disable_ipv6`, before the link is UP, so that no address, neighbour discovery or MLD begins;
-- an nftables table that drops what the stack would hear (prerouting) or speak (postrouting), which
+- an nftables table that drops what the stack would hear (prerouting) or speak (postrouting). It
   also covers IPv4 broadcasts from 0.0.0.0 and SO_BINDTODEVICE, which needs no privilege.
 
 The rules name the ifindex, which is unique on the node and never used again, so that neither a
-rename nor a later link of the same name changes what they mean. Formats: linux/netfilter/nf_tables.h.
+rename nor a later link of the same name changes what they mean.
+
+Formats: linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
@@ -202,7 +204,7 @@ def _expression(name: str, *data: bytes) -> bytes:
 
 
 def _drop_if(key: int, ifindex: int) -> bytes:
-    """A rule's expressions, byte for byte as the kernel dumps them (nft_meta_get_dump and peers)."""
+    """A rule's expressions, byte for byte as the kernel dumps them (nft_meta_get_dump)."""
     return (
         _expression("meta", _be32(_NFTA_META_KEY, key), _be32(_NFTA_META_DREG, _NFT_REG_1))
         + _expression(

@@ -72,8 +72,8 @@ def unused_ifindex(nodes: int) -> int:
 def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
     """Open every queue of `link`'s tap, verified; the caller owns the fds.
 
-    Stand in the host's namespace: a tap fd pins the namespace it was opened in (tap_open, sk_alloc),
-    and the pod's would outlive the pod for as long as QEMU lives.
+    Stand in the host's namespace: a tap fd pins the one it was opened in (tap_open, sk_alloc), and
+    the pod's would outlive the pod for as long as QEMU lives.
 
     Raises WrongTap if the node answers for another NIC than `link` with the MAC `mac`. The kernel
     would open one queue for several holders; that there is only one is the ledger's to know.

@@ -19,7 +19,7 @@ DEFAULT_MODEL: Final = "virtio-net-pci"
 _KEYS = ("fd", "fds", "vhostfds", "mac", "mtu", "queues")
 
 # Only these keys make it a placeholder: QEMU's own arguments may be JSON.
-_PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.(%s)\}" % "|".join(_KEYS))
+_PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.(" + "|".join(_KEYS) + r")\}")
 
 
 def render_command(
@@ -31,9 +31,7 @@ def render_command(
     """
     if any(_PLACEHOLDER.search(argument) for argument in argv):
         values = {tap.name: _values(tap) for tap in taps}
-        return [
-            _PLACEHOLDER.sub(lambda found: _fill(found, values), argument) for argument in argv
-        ]
+        return [_PLACEHOLDER.sub(lambda found: _fill(found, values), argument) for argument in argv]
     options = [option for n, tap in enumerate(taps) for option in _qemu_options(n, tap, model)]
     return [*argv, *options]
 
