@@ -44,7 +44,7 @@ def test_mac_that_no_nic_can_have_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "52:", "53:54:00", "00:00:00", "52:54:00:ab:cd:ef", "5"])
 def test_prefix_that_begins_no_mac_is_refused(text: str) -> None:
     """A prefix is one to five octets of an address that a NIC can have."""
-    with pytest.raises(InvalidNetworkConfig, match="^macPrefix is the string"):
+    with pytest.raises(InvalidNetworkConfig, match=r"^macPrefix is the string"):
         parse_mac_prefix(text, field="macPrefix")
 
 

@@ -6,7 +6,6 @@ import json
 import time
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -29,6 +28,7 @@ from extbridge.network.spelling_yaml import network_to_yaml, object_from_yaml
 from extbridge.network.store import MAX_FILE_BYTES, READERS, read_definition
 from extbridge.network.wanted import configured_network
 from extbridge.spec.errors import CniError, InvalidNetworkConfig, UnsupportedField
+from extbridge.spec.fields import JsonObject
 from extbridge.spec.request import find_ifname_fault
 
 VEPANET = Network("vepanet", NicSelector(names=("eth0",)))
@@ -65,7 +65,7 @@ def selectors() -> st.SearchStrategy[NicSelector]:
     by_trait = st.builds(
         NicSelector,
         match=st.none() | patterns,
-        pci=st.none() | st.from_regex(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", fullmatch=True),
+        pci=st.none() | st.sampled_from(["0000:3b:00.0", "10000:01:1f.7"]),
         driver=st.none() | st.from_regex(r"[A-Za-z0-9_.\-]{1,64}", fullmatch=True),
         mac=st.none() | macs(),
         route=st.none() | st.just("default"),
@@ -123,6 +123,15 @@ def networks(ipam: st.SearchStrategy[dict[str, object] | None]) -> st.SearchStra
     )
 
 
+def refusal(read: Callable[[], JsonObject]) -> str:
+    """What is said of the definition that is read; nothing if it is a network's."""
+    try:
+        parse_network(read())
+    except CniError as error:
+        return str(error)
+    return ""
+
+
 def _join(octets: list[int]) -> str:
     return ":".join(f"{octet:02x}" for octet in octets)
 
@@ -168,10 +177,7 @@ def test_seed_is_printed_as_people_write_it() -> None:
         "extbridge": {"mode": "vepa", "dev": "eth0"},
     }
     assert network_to_xml(VEPANET) == (
-        "<network>\n"
-        "  <name>vepanet</name>\n"
-        "  <extbridge mode='vepa' dev='eth0'/>\n"
-        "</network>\n"
+        "<network>\n  <name>vepanet</name>\n  <extbridge mode='vepa' dev='eth0'/>\n</network>\n"
     )
     assert network_to_yaml(VEPANET) == "name: vepanet\nextbridge:\n  mode: vepa\n  dev: eth0\n"
 
@@ -192,10 +198,7 @@ def test_seed_is_printed_as_people_write_it() -> None:
 @example(".xml", b"<network><name>\xff</name></network>")
 def test_no_bytes_break_a_reader(suffix: str, data: bytes) -> None:
     """Any file is a network or a short CNI error, whatever is in it."""
-    try:
-        parse_network(read_definition(data, suffix))
-    except CniError as error:
-        assert len(str(error)) < LONGEST_MESSAGE
+    assert len(refusal(lambda: read_definition(data, suffix))) < LONGEST_MESSAGE
 
 
 STRUCTURE = ["{", "}", "[", "]", ":", ",", "\n", " ", '"', "'", "&a", "*a", "!!str", "- ", "|", "#"]
@@ -208,12 +211,9 @@ WORDS = ["name", "vepanet", "extbridge", "mode", "dev", "eth0", "mtu", "9000", "
     st.sampled_from([object_from_json, object_from_yaml, object_from_xml]),
     st.lists(st.sampled_from(STRUCTURE + MARKUP + WORDS) | st.characters()).map("".join),
 )
-def test_no_text_breaks_a_reader(read: Callable[[str], Any], text: str) -> None:
+def test_no_text_breaks_a_reader(read: Callable[[str], JsonObject], text: str) -> None:
     """Text that is nearly right is a network or a short CNI error, too."""
-    try:
-        parse_network(read(text))
-    except CniError as error:
-        assert len(str(error)) < LONGEST_MESSAGE
+    assert len(refusal(lambda: read(text))) < LONGEST_MESSAGE
 
 
 LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 12))
@@ -250,9 +250,7 @@ ALIASES = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in r
         (object_from_json, '{"a":' * 50_000, "nest too deeply"),
     ],
 )
-def test_bomb_is_refused_at_once(
-    read: Callable[[str], object], text: str, reason: str
-) -> None:
+def test_bomb_is_refused_at_once(read: Callable[[str], object], text: str, reason: str) -> None:
     """A small file cannot make extbridge slow or large, open other files or run code."""
     tracemalloc.start()
     started = time.thread_time()
@@ -342,22 +340,21 @@ def test_quoted_yaml_is_always_a_string() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "body",
     [
-        "<network><name>vepanet</name><extbridge mode='vepa' dev='eth0'/></network>",
-        "<network><name> vepanet </name><extbridge dev='eth0'/></network>",
-        "<?xml version='1.0'?><!-- a --><network><extbridge mode='vepa' dev='eth0'/>"
-        "<name>vepanet</name><bridge name='virbr0'/><forward mode='nat'/><mtu size='1'/>"
-        "<mac address='52:54:00:00:00:01'/><ip address='192.0.2.1'><dhcp/></ip><b:c/></network>",
-        "<network connections='1'><name>vepanet</name><forward mode='vepa' dev='eth0'/></network>",
-        "<network><name>vepanet</name><forward mode='vepa'><interface dev='eth0'/></forward>"
-        "<dns enable='no'/></network>",
-        "<network><name>vepanet</name><forward dev='eth0' mode='vepa'>"
-        "<interface dev='eth0' connections='1'/></forward></network>",
+        "<name>vepanet</name><extbridge mode='vepa' dev='eth0'/>",
+        "<name> vepanet </name><extbridge dev='eth0'/>",
+        "<!-- a --><extbridge dev='eth0'/><name>vepanet</name><bridge name='br0'/><forward/>",
+        "<name>vepanet</name><extbridge dev='eth0'/><mtu size='1'/><mac address='2'/><b:c/>",
+        "<name>vepanet</name><extbridge dev='eth0'/><ip address='192.0.2.1'><dhcp/></ip>",
+        "<name>vepanet</name><forward mode='vepa' dev='eth0'/>",
+        "<name>vepanet</name><forward mode='vepa'><interface dev='eth0'/></forward><dns/>",
+        "<name>vepanet</name><forward dev='eth0' mode='vepa'><interface dev='eth0'/></forward>",
     ],
 )
-def test_both_xml_spellings_are_read(text: str) -> None:
+def test_both_xml_spellings_are_read(body: str) -> None:
     """The first patch's `<extbridge>` and libvirt's `<forward>` both say the seed's network."""
+    text = f"<?xml version='1.0'?><network connections='1'>{body}</network>"
     assert parse_network(object_from_xml(text)) == VEPANET
 
 

@@ -12,7 +12,7 @@ from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.fields import (
     JsonObject,
     as_object,
-    describe,
+    as_str,
     field_path,
     get_list,
     get_str,
@@ -100,14 +100,8 @@ def _parse_nic(obj: JsonObject, where: str) -> AskedNic:
 
 
 def _get_ips(obj: JsonObject, where: str) -> tuple[str, ...]:
-    ips: list[str] = []
-    for index, item in enumerate(get_list(obj, "ips", where=where) or []):
-        if not isinstance(item, str):
-            raise InvalidNetworkConfig(
-                f"{where}.ips[{index}] is {describe(item)}", "it has to be an address as a string"
-            )
-        ips.append(item)
-    return tuple(ips)
+    ips = get_list(obj, "ips", where=where) or []
+    return tuple(as_str(item, where=f"{where}.ips[{index}]") for index, item in enumerate(ips))
 
 
 def _refuse_duplicates(interfaces: list[str]) -> None:

@@ -18,6 +18,7 @@ from extbridge.spec.fields import (
     JsonObject,
     allowed_hint,
     as_object,
+    as_str,
     describe,
     field_path,
     get_bool,
@@ -282,11 +283,10 @@ def _parse_names(given: list[object], path: str) -> tuple[str, ...]:
     names: list[str] = []
     for index, item in enumerate(given):
         where = f"{path}[{index}]"
-        if not isinstance(item, str):
-            raise InvalidNetworkConfig(f"{where} is {describe(item)}", "it has to be a NIC's name")
-        if item in names:
-            raise InvalidNetworkConfig(f"{where} is {describe(item)} once more", "name it once")
-        names.append(parse_nic_name(item, field=where))
+        name = parse_nic_name(as_str(item, where=where), field=where)
+        if name in names:
+            raise InvalidNetworkConfig(f"{where} is {describe(name)} once more", "name it once")
+        names.append(name)
     return tuple(names)
 
 

@@ -68,13 +68,13 @@ def read_definition(data: bytes, suffix: str) -> JsonObject:
 
 def _object_from_yaml(text: str) -> JsonObject:
     # PyYAML takes 30 ms to import, which only those should pay who have a YAML file.
-    from extbridge.network.spelling_yaml import object_from_yaml  # noqa: PLC0415
+    from extbridge.network.spelling_yaml import object_from_yaml
 
     return object_from_yaml(text)
 
 
 def _object_from_xml(text: str) -> JsonObject:
-    from extbridge.network.spelling_xml import object_from_xml  # noqa: PLC0415 - as above
+    from extbridge.network.spelling_xml import object_from_xml
 
     return object_from_xml(text)
 
