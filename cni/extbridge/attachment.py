@@ -25,7 +25,7 @@ from extbridge.kernel.links import (
     set_up,
 )
 from extbridge.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import inside
+from extbridge.kernel.netns import inside, netns_inode, opened_netns
 from extbridge.kernel.silence import silence, silenced_ifindexes, unsilence, unsilenced_by
 from extbridge.kernel.taps import device_nodes, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
@@ -132,6 +132,17 @@ def detach(entry: Entry, *, held: Held, pod: Pod | None) -> None:
             delete_link(pod.route, link.ifindex)
         unsilence(pod.netfilter, entry.ifindex)
     held.remove(entry.ifname)
+
+
+def detach_wherever(entry: Entry, *, held: Held, netns: int | None = None) -> None:
+    """Unmake the attachment in `netns`, if it was made there, else where its entry says."""
+    with ExitStack() as closing:
+        if netns is None or netns_inode(netns) != entry.netns_inode:
+            netns = closing.enter_context(opened_netns(entry.netns))
+        if netns is None or netns_inode(netns) != entry.netns_inode:
+            detach(entry, held=held, pod=None)
+        else:
+            detach(entry, held=held, pod=closing.enter_context(enter_pod(netns)))
 
 
 def detach_unrecorded(container_id: str, cni_ifname: str, mac: str, *, pod: Pod) -> None:

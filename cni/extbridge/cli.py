@@ -57,7 +57,7 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
                 for fd in (*tap.fds, *tap.vhost_fds):
                     os.set_inheritable(fd, True)  # noqa: FBT003 - os takes no keyword
             try:
-                os.execvp(argv[0], argv)  # noqa: S606 - that is the command's purpose
+                os.execvp(argv[0], argv)
             except OSError as error:
                 raise click.ClickException(f"{argv[0]}: {error.strerror}") from error
 

@@ -24,9 +24,11 @@ from extbridge.spec.errors import TapHeld, UnknownContainer
 class Tap:
     """One NIC of a VM, ready for QEMU; whoever has the object owns its fds.
 
+    `container_id` is that of the pod's sandbox.
     `fds` has one fd a queue, `vhost_fds` as many or none.
     """
 
+    container_id: str
     name: str
     mac: str
     mtu: int
@@ -66,7 +68,16 @@ def take_taps(
                 vhost_fds = open_vhost(nodes, entry.queues)
                 closing.callback(_close, vhost_fds)
                 held.write(replace(entry, holder=holder))
-            taps.append(Tap(link.name, entry.mac, entry.mtu, tuple(fds), tuple(vhost_fds)))
+            taps.append(
+                Tap(
+                    entry.container_id,
+                    link.name,
+                    entry.mac,
+                    entry.mtu,
+                    tuple(fds),
+                    tuple(vhost_fds),
+                )
+            )
         yield taps
 
 

@@ -17,12 +17,13 @@ from extbridge.attachment import (
     attach,
     detach,
     detach_unrecorded,
+    detach_wherever,
     differences,
     enter_pod,
 )
 from extbridge.kernel.links import Link, find_link, list_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import is_own, netns_inode, opened_netns
+from extbridge.kernel.netns import is_netns, is_own, netns_inode, opened_netns
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Network
 from extbridge.network.wanted import WantedNic, configured_network, wanted_nics
@@ -57,7 +58,7 @@ def cmd_add(request: Request, ledger: Ledger) -> Mapping[str, object]:
         return result
     with ExitStack() as closing, ExitStack() as undo:
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
-        netns = closing.enter_context(_pods_netns(request.netns))
+        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
         if netns is None:
             raise _no_netns(request)
         lowers = [_usable_nic(host, nic.network) for nic in nics]
@@ -89,12 +90,12 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
     Succeeds when nothing is left to do (SPEC section 2, "DEL").
     """
     with ExitStack() as closing:
-        netns = closing.enter_context(_pods_netns(request.netns))
+        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
         if ledger.knows(request.container_id):
             held = closing.enter_context(ledger.hold(request.container_id))
             for entry in held.entries():
                 if entry.cni_ifname == request.ifname:
-                    _detach_wherever(entry, netns, held)
+                    detach_wherever(entry, held=held, netns=netns)
         if netns is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
             mac = fields.get_str(before, "mac") or ""
@@ -119,7 +120,7 @@ def cmd_check(request: Request, ledger: Ledger) -> None:
             "delete the pod and create it again",
         )
     with ExitStack() as closing:
-        netns = closing.enter_context(_pods_netns(request.netns))
+        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
         if netns is None:
             raise _no_netns(request)
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
@@ -148,7 +149,7 @@ def cmd_gc(request: Request, ledger: Ledger) -> None:
         try:
             with ledger.hold(entry.container_id) as held:
                 if entry in held.entries():
-                    _detach_wherever(entry, None, held)
+                    detach_wherever(entry, held=held)
         except (OSError, CniError) as error:
             failures.append(f"{entry.ifname} of {entry.container_id}: {error}")
     if failures:
@@ -238,21 +239,14 @@ def _former_names(request: Request, held: Held, pod: Pod) -> dict[str, str]:
     return former
 
 
-def _detach_wherever(entry: Entry, netns: int | None, held: Held) -> None:
-    """Unmake the entry in `netns`, if that is the namespace it was made in, else by its path."""
-    with ExitStack() as closing:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
-            netns = closing.enter_context(_pods_netns(entry.netns))
-        if netns is None or netns_inode(netns) != entry.netns_inode:
-            detach(entry, held=held, pod=None)
-            return
-        detach(entry, held=held, pod=closing.enter_context(enter_pod(netns)))
-
-
 @contextmanager
-def _pods_netns(path: str) -> Iterator[int | None]:
+def _pods_netns(path: str, opened: int | None = None) -> Iterator[int | None]:
     """An fd of the pod's namespace for the length of the block, None where it is gone."""
-    with opened_netns(path) as netns:
+    with ExitStack() as closing:
+        if opened is None:
+            netns = closing.enter_context(opened_netns(path))
+        else:
+            netns = opened if is_netns(opened) else None
         if netns is not None and is_own(netns):
             raise InvalidEnvironment(
                 f"CNI_NETNS: {path} is the namespace extbridge itself runs in",

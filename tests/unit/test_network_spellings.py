@@ -26,7 +26,7 @@ from extbridge.network.spelling_json import network_to_json, object_from_json
 from extbridge.network.spelling_xml import network_to_xml, object_from_xml
 from extbridge.network.spelling_yaml import network_to_yaml, object_from_yaml
 from extbridge.network.store import MAX_FILE_BYTES, READERS, read_definition
-from extbridge.network.wanted import configured_network
+from extbridge.network.wanted import inline_definition
 from extbridge.spec.errors import CniError, InvalidNetworkConfig, UnsupportedField
 from extbridge.spec.fields import JsonObject
 from extbridge.spec.request import find_ifname_fault
@@ -153,7 +153,9 @@ def test_printed_network_parses_back_to_itself(network: Network) -> None:
     assert parse_network(object_from_json(network_to_json(network))) == network
     assert parse_network(object_from_yaml(network_to_yaml(network))) == network
     config = {"cniVersion": "1.1.0", "type": "extbridge", **network_to_object(network)}
-    assert configured_network(json.loads(json.dumps(config))) == network
+    inline = inline_definition(json.loads(json.dumps(config)))
+    assert inline is not None
+    assert parse_network(inline) == network
 
 
 @settings(deadline=None)
@@ -284,6 +286,7 @@ def test_file_is_bounded() -> None:
         (object_from_yaml, "name: a\nmtu: \x07\n", "line 2, column 6: "),
         (object_from_yaml, "name: a\n---\nname: b\n", "line 2, column 1: a second document"),
         (object_from_yaml, "[a]: b", "line 1, column 1: a key that is a list"),
+        (object_from_yaml, "name: a\nmtu: " + "9" * 5000, "line 2, column 6: a number too long"),
         (object_from_yaml, "", "the definition is null"),
         (object_from_yaml, "vepanet", "the definition is the string"),
         (object_from_xml, "<network>\n  <name></network>", "line 2, column 11: "),

@@ -33,13 +33,12 @@ def open_netns(path: str) -> int | None:
             return None
         raise
     try:
-        # Every namespace file lies on the one nsfs of the kernel (fs/nsfs.c, nsfs_mnt).
-        if os.fstat(looked_at).st_dev != os.stat(_OWN).st_dev:
+        if not _is_namespace(looked_at):
             return None
         netns = os.open(f"/proc/self/fd/{looked_at}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(looked_at)
-    if fcntl.ioctl(netns, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+    if not is_netns(netns):
         os.close(netns)
         return None
     return netns
@@ -56,6 +55,11 @@ def opened_netns(path: str) -> Iterator[int | None]:
             os.close(netns)
 
 
+def is_netns(fd: int) -> bool:
+    """Whether the fd is of a network namespace."""
+    return _is_namespace(fd) and fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+
+
 def netns_inode(netns: int) -> int:
     """The number that tells living namespaces apart (man 7 namespaces); reused after death."""
     return os.fstat(netns).st_ino
@@ -64,6 +68,11 @@ def netns_inode(netns: int) -> int:
 def is_own(netns: int) -> bool:
     """Whether `netns` is the namespace that the calling thread stands in."""
     return netns_inode(netns) == os.stat(_OWN).st_ino
+
+
+def _is_namespace(fd: int) -> bool:
+    # Every namespace file lies on the one nsfs of the kernel (fs/nsfs.c, nsfs_mnt).
+    return os.fstat(fd).st_dev == os.stat(_OWN).st_dev
 
 
 @contextmanager

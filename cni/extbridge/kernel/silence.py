@@ -5,7 +5,9 @@ finds no queue and lets them pass), and that stack may send through it at any ti
 stop it, none of which touches the frames of an open tap:
 
 - NOARP, given when the link is made, for ARP in both directions;
-- `disable_ipv6`, before the link is UP, so that no address, neighbour discovery or MLD begins;
+- `disable_ipv6`, before the link is UP, so that no address, neighbour discovery or MLD begins, and
+  `addr_gen_mode` none, so that there is still no address where the runtime writes 0 to that setting
+  of all links, as some do after ADD;
 - an nftables table that drops what the stack would hear (prerouting) or speak (postrouting). It
   also covers IPv4 broadcasts from 0.0.0.0 and SO_BINDTODEVICE, which needs no privilege.
 
@@ -34,6 +36,9 @@ _NFT_DELTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 2
 _NFT_NEWCHAIN = _NFNL_SUBSYS_NFTABLES << 8 | 3
 _NFT_NEWRULE = _NFNL_SUBSYS_NFTABLES << 8 | 6
 _NFT_GETRULE = _NFNL_SUBSYS_NFTABLES << 8 | 7
+
+# linux/if_link.h, enum in6_addr_gen_mode.
+_IN6_ADDR_GEN_MODE_NONE = 1
 
 _NFPROTO_INET = 1
 _NF_INET_PRE_ROUTING = 0
@@ -87,7 +92,8 @@ _TABLE_PREFIX = "extbridge_"
 
 def silence(netfilter: Netlink, ifindex: int, name: str) -> None:
     """Silence the link, which is still DOWN and NOARP; the thread stands in its namespace."""
-    _disable_ipv6(name).write_bytes(b"1")
+    _ipv6_setting(name, "disable_ipv6").write_bytes(b"1")
+    _ipv6_setting(name, "addr_gen_mode").write_bytes(b"%d" % _IN6_ADDR_GEN_MODE_NONE)
     table = text(_NFTA_TABLE_NAME, _table(ifindex))
     messages = [_inet(_NFT_NEWTABLE, table)]
     for chain, hook, key in _CHAINS:
@@ -149,7 +155,7 @@ def unsilenced_by(netfilter: Netlink, ifindex: int, name: str) -> str:
 
     NOARP and addresses are the link's, see links; the thread stands in the namespace.
     """
-    if _disable_ipv6(name).read_bytes().strip() != b"1":
+    if _ipv6_setting(name, "disable_ipv6").read_bytes().strip() != b"1":
         return f"IPv6 is enabled on {name}"
     table = _table(ifindex)
     try:
@@ -180,9 +186,9 @@ def _table(ifindex: int) -> str:
     return f"{_TABLE_PREFIX}{ifindex}"
 
 
-def _disable_ipv6(name: str) -> Path:
+def _ipv6_setting(name: str, key: str) -> Path:
     # proc_sys_lookup answers for the namespace of the thread that opens.
-    return Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+    return Path("/proc/sys/net/ipv6/conf", name, key)
 
 
 def _inet(kind: int, payload: bytes, flags: int = netlink.NLM_F_CREATE) -> tuple[int, int, bytes]:

@@ -65,8 +65,13 @@ def unused_ifindex(nodes: int) -> int:
     """
     while True:
         ifindex = FIRST_IFINDEX + secrets.randbelow(LAST_IFINDEX - FIRST_IFINDEX + 1)
-        if not _exists(f"tap{ifindex}", nodes):
+        if not has_node(ifindex, nodes):
             return ifindex
+
+
+def has_node(ifindex: int, nodes: int) -> bool:
+    """Whether a macvtap with this ifindex is there, in whichever namespace of the node."""
+    return _exists(f"tap{ifindex}", nodes)
 
 
 def open_tap(nodes: int, link: Link, mac: str) -> list[int]:

@@ -33,7 +33,9 @@ def load_json(text: str) -> object:
             f"line {failure.lineno}, column {failure.colno}: {failure.msg}", "it has to be JSON"
         ) from failure
     except RecursionError as failure:
-        raise InvalidNetworkConfig("objects and lists nest too deeply") from failure
+        raise InvalidNetworkConfig(
+            "objects and lists nest too deeply", "no definition needs more than a few levels"
+        ) from failure
     except ValueError as failure:
         raise InvalidNetworkConfig("a number is too long", "allowed: 64 bits") from failure
 

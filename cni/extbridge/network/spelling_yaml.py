@@ -78,7 +78,7 @@ def object_from_yaml(text: str) -> JsonObject:
         ) from failure
     except (ValueError, OverflowError) as failure:
         # PyYAML's scanner leaves them to chr() for \Uffffffff and to int() for 5,000 digits.
-        raise InvalidNetworkConfig(f"not YAML: {failure}") from failure
+        raise InvalidNetworkConfig(f"{failure}", "it has to be YAML") from failure
     return as_object(value, where="the definition")
 
 
@@ -154,7 +154,13 @@ def _read_scalar(event: yaml.ScalarEvent) -> object:
             return _CONSTANTS[event.value]
         for pattern, convert in _NUMBERS.items():
             if re.fullmatch(pattern, event.value):
-                return convert(event.value)
+                try:
+                    return convert(event.value)
+                except ValueError as failure:
+                    # int() of more than 4300 digits.
+                    raise _fault(
+                        "a number too long", event.start_mark, "allowed: 64 bits"
+                    ) from failure
     return event.value
 
 

@@ -91,16 +91,21 @@ READERS: Final[Mapping[str, Callable[[str], JsonObject]]] = {
 def _read_file(path: Path) -> bytes | None:
     """The file's content, None if there is no such file; at most a byte more than is allowed."""
     try:
-        # Without O_NONBLOCK a FIFO of that name would hold the request up for good.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise IoFailure(f"{path} is not a regular file", "a network is defined in a file")
             return file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as failure:
-        raise _unreadable(path, failure) from failure
+        raise IoFailure(
+            f"{path} cannot be read: {failure.strerror}", "root has to be able to read it"
+        ) from failure
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener for open(); without O_NONBLOCK a FIFO would hold the request up for good."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _not_found(name: str, directory: str) -> InvalidNetworkConfig:
@@ -111,18 +116,10 @@ def _not_found(name: str, directory: str) -> InvalidNetworkConfig:
             f"network {name} is not defined: there is no folder {directory}",
             f"write {directory}/{name}.yaml",
         )
-    except OSError as failure:
-        raise _unreadable(Path(directory), failure) from failure
     defined = [
         file.stem for file in files if file.suffix in READERS and not find_name_fault(file.stem)
     ][:_MAX_LISTED]
     return InvalidNetworkConfig(
         f"network {name} is not defined in {directory}",
         allowed_hint(name, defined) if defined else f"write {directory}/{name}.yaml",
-    )
-
-
-def _unreadable(path: Path, failure: OSError) -> IoFailure:
-    return IoFailure(
-        f"{path} cannot be read: {failure.strerror}", "it has to be readable by root on this node"
     )

@@ -19,7 +19,6 @@ from extbridge.network.definition import (
     DEFINITION_KEYS,
     Network,
     parse_network,
-    parse_network_name,
     refuse_unsupported,
 )
 from extbridge.network.mac import derive_mac, parse_mac
@@ -40,7 +39,7 @@ from extbridge.spec.fields import (
     get_str,
     refuse_unknown,
 )
-from extbridge.spec.request import Request
+from extbridge.spec.request import Request, Verb
 from extbridge.spec.result import prev_interface
 
 POD_ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
@@ -93,15 +92,16 @@ class WantedNic:
 def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
     """The NICs that an ADD asks for; none where a chained pod's annotation asks for none.
 
-    Of ADD only: the prevResult of other verbs already holds what ADD made. Raises
-    InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken and IoFailure.
+    Of a CHECK their number and networks hold; the names are ADD's to choose, and its prevResult
+    already has them. Raises InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken
+    and IoFailure.
     """
     config = request.config
     _refuse_unknown_keys(config)
     runtime = get_object(config, "runtimeConfig") or {}
     annotations = get_object(runtime, POD_ANNOTATIONS, where="runtimeConfig") or {}
     asked = parse_networks_annotation(get_str(annotations, NETWORKS_ANNOTATION) or "")
-    if request.prev_result is not None and _declares_annotations(config):
+    if _declares_annotations(config) and request.prev_result is not None:
         networks = [_find_network(config, nic.name) for nic in asked]
     else:
         network = configured_network(config)
@@ -115,8 +115,6 @@ def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
     if not networks:
         return ()
     _refuse_unsupported_wishes(runtime, asked)
-    for network in networks:
-        refuse_unsupported(network)
     ifnames = _choose_ifnames(request, asked)
     macs = _choose_macs(request, runtime, asked, networks)
     vm = _identify_vm(request, annotations)
@@ -131,17 +129,26 @@ def configured_network(config: JsonObject) -> Network | None:
 
     Raises InvalidNetworkConfig and IoFailure.
     """
-    definition = _inline_definition(config)
+    definition = inline_definition(config)
     name = get_str(config, "network")
     if name is None:
-        return None if definition is None else parse_network(definition)
+        return None if definition is None else _supported(parse_network(definition))
     if definition is not None:
         inline = ", ".join(key for key in definition if key != "name")
         raise InvalidNetworkConfig(
             f"the configuration names the network {describe(name)} and defines one: {inline}",
             "either name a network or define it here",
         )
-    return load_network(parse_network_name(name, field="network"), _networks_dir(config))
+    return _supported(load_network(name, _networks_dir(config)))
+
+
+def inline_definition(config: JsonObject) -> JsonObject | None:
+    """The keys of config that define a network, its name with them; None if there are none.
+
+    A key without a value counts as absent: Go writes an ipam that was never filled as {}.
+    """
+    given = {key: config[key] for key in DEFINITION_KEYS if config.get(key) not in (None, {})}
+    return given if given.keys() - {"name"} else None
 
 
 def derived_or_given_mac(wanted: WantedNic, ifname: str) -> str:
@@ -166,15 +173,6 @@ def _declares_annotations(config: JsonObject) -> bool:
     return capabilities.get(POD_ANNOTATIONS) is True
 
 
-def _inline_definition(config: JsonObject) -> JsonObject | None:
-    """The keys of config that define a network, its name with them; None if there are none.
-
-    A key without a value counts as absent: Go writes an ipam that was never filled as {}.
-    """
-    given = {key: config[key] for key in DEFINITION_KEYS if config.get(key) not in (None, {})}
-    return given if given.keys() - {"name"} else None
-
-
 def _networks_dir(config: JsonObject) -> str:
     given = get_str(config, "networksDir")
     if given is None:
@@ -187,10 +185,15 @@ def _networks_dir(config: JsonObject) -> str:
 
 
 def _find_network(config: JsonObject, name: str) -> Network:
-    definition = _inline_definition(config)
+    definition = inline_definition(config)
     if definition is not None and definition.get("name") == name:
-        return parse_network(definition)
-    return load_network(name, _networks_dir(config))
+        return _supported(parse_network(definition))
+    return _supported(load_network(name, _networks_dir(config)))
+
+
+def _supported(network: Network) -> Network:
+    refuse_unsupported(network)
+    return network
 
 
 def _find_own(asked: Sequence[AskedNic], name: str) -> AskedNic:
@@ -234,7 +237,9 @@ def _choose_ifnames(request: Request, asked: Sequence[AskedNic]) -> list[str | N
             )
         ifnames[0] = request.ifname
     for index, ifname in enumerate(ifnames):
-        if ifname is not None and (_is_taken(request, ifname) or ifname in ifnames[:index]):
+        if ifname is None or request.verb is not Verb.ADD:
+            continue
+        if _is_taken(request, ifname) or ifname in ifnames[:index]:
             raise NameTaken(
                 f"the interface name {ifname} is taken",
                 f"ask for another in {NETWORKS_ANNOTATION}",

@@ -48,7 +48,11 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A validated request; what the verb does not need, or the runtime did not give, is empty."""
+    """A validated request; what the verb does not need, or the runtime did not give, is empty.
+
+    `netns_fd` is `netns`, opened by who could see it: an agent's container may not. None: open the
+    path. The fd stays the caller's.
+    """
 
     verb: Verb
     container_id: str
@@ -60,6 +64,7 @@ class Request:
     cni_version: str
     name: str
     prev_result: Mapping[str, object] | None
+    netns_fd: int | None = None
 
 
 _REQUIRED: Final[Mapping[Verb, tuple[str, ...]]] = {

@@ -12,7 +12,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Final, TextIO, TypeAlias
 
 from extbridge.spec import versions
@@ -48,11 +48,12 @@ _REMEDIES: Final[Mapping[int | None, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a runtime gets, and in stderr what people get besides."""
+    """What a runtime gets, and in stderr what people get besides; code is the error's, or 0."""
 
     exit_code: int
     stdout: bytes
     stderr: str = ""
+    code: int = 0
 
 
 def main(
@@ -66,7 +67,7 @@ def main(
     try:
         answer = run(environ, stdin.read(MAX_STDIN_BYTES + 1), verbs)
     except OSError as failure:
-        answer = _answer_failure(IoFailure(f"standard input: {_reason(failure)}"), b"")
+        answer = answer_failure(IoFailure(f"standard input: {_reason(failure)}"), b"")
     # What is for people must not cost the runtime its answer.
     with contextlib.suppress(OSError):
         stderr.write(answer.stderr)
@@ -80,16 +81,18 @@ def main(
     return answer.exit_code
 
 
-def run(environ: Mapping[str, str], stdin: bytes, verbs: Verbs) -> Answer:
+def run(
+    environ: Mapping[str, str], stdin: bytes, verbs: Verbs, *, netns_fd: int | None = None
+) -> Answer:
     """Serve one request; raises nothing that is an Exception, so an interrupt still interrupts."""
     try:
-        request = parse_request(environ, stdin)
+        request = replace(parse_request(environ, stdin), netns_fd=netns_fd)
         if request.verb is Verb.VERSION:
             return Answer(0, _encode(versions.report_versions(request.cni_version)))
         result = verbs[request.verb](request)
         return Answer(0, _encode(result) if request.verb is Verb.ADD else b"")
     except Exception as failure:  # noqa: BLE001 - a runtime understands nothing but JSON
-        return _answer_failure(failure, stdin)
+        return answer_failure(failure, stdin)
 
 
 def translate(failure: Exception) -> CniError:
@@ -108,7 +111,8 @@ def translate(failure: Exception) -> CniError:
             return InternalError(told, "please report this with the traceback on standard error")
 
 
-def _answer_failure(failure: Exception, stdin: bytes) -> Answer:
+def answer_failure(failure: Exception, stdin: bytes) -> Answer:
+    """The answer that tells a failure, in the cniVersion that the request asked for."""
     error = translate(failure)
     asked = read_version(stdin)
     cni_version = asked if asked in versions.KNOWN else versions.NEWEST
@@ -117,7 +121,7 @@ def _answer_failure(failure: Exception, stdin: bytes) -> Answer:
         for key, value in error.to_json(cni_version).items()
     }
     trace = "".join(traceback.format_exception(failure)) if isinstance(error, InternalError) else ""
-    return Answer(1, _encode(told), trace)
+    return Answer(1, _encode(told), trace, error.code)
 
 
 def _reason(failure: OSError) -> str:

@@ -1,0 +1,183 @@
+"""The demo: from a network definition to two guests that ping each other across a VEPA switch.
+
+Only the physical switch is simulated. What the project does is done by its own executables, called
+as a runtime and a VM container call them; what comes of it is asked of the guests, the switch,
+iproute2 and nft.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from extbridge.demo.guest import Guest, GuestFailure, boot_files, guest_folder
+from extbridge.demo.lab import Frame, Lab, LabFailure, Nic, become_node, receive, run
+from extbridge.kernel.taps import device_nodes
+from extbridge.ledger import RUN_VARIABLE
+
+# The pods, and the guests in them, at addresses that are nobody's (TEST-NET-1, RFC 5737).
+_ADDRESSES: Final = {"a": "192.0.2.1", "b": "192.0.2.2"}
+
+_IFNAME: Final = "net1"
+
+_PINGS: Final = 3
+
+_PROGRAMS: Final = ("ip", "bridge", "nft")
+
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# How wide the output is where it is not a terminal's.
+_WIDTH: Final = 80
+
+
+class DemoFailure(Exception):
+    """The demo cannot begin, or cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the demo says of extbridge; `remark` is shown beside what was measured."""
+
+    what: str
+    expected: str
+    measured: str
+    remark: str = ""
+
+    @property
+    def held(self) -> bool:
+        """Whether it is so."""
+        return self.measured == self.expected
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """Where the story plays. `pods` are the paths of their namespaces by name."""
+
+    console: Console
+    lab: Lab
+    nic: Nic
+    pods: Mapping[str, str]
+    networks: Path
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Ping:
+    """What the guest said, and how many of its frames the switch got and sent back."""
+
+    lost: str
+    rtt: str
+    at_switch: str
+
+
+def tell() -> int:
+    """Tell the story on standard output and return the exit status; nothing of it is left.
+
+    0: every claim held. 1: one did not, or the story could not go on. 2: something that it needs
+    is missing. 130: it was interrupted. The process is a node of its own afterwards.
+    """
+    try:
+        _demand_what_it_needs()
+        become_node()
+    except (DemoFailure, GuestFailure, LabFailure, OSError) as failure:
+        _complain(str(failure))
+        return 2
+    for number in _INTERRUPTS:
+        signal.signal(number, _interrupt)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH)
+    try:
+        with tempfile.TemporaryDirectory(prefix="extbridge-demo-") as folder:
+            claims = _play(console, Path(folder))
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing is left of it")
+        return 130
+    except (DemoFailure, GuestFailure, LabFailure) as failure:
+        _complain(str(failure))
+        return 1
+    return _judge(console, claims)
+
+
+def _demand_what_it_needs() -> None:
+    if os.geteuid() != 0:
+        raise DemoFailure("it makes network namespaces: run it as root")
+    for program in _PROGRAMS:
+        if shutil.which(program) is None:
+            raise DemoFailure(f"the program {program} is missing: run `make setup`")
+    boot_files(guest_folder())
+
+
+def _complain(what: str) -> None:
+    print(f"extbridge demo: {what}", file=sys.stderr)  # noqa: T201 - for the person at the terminal
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - signal's
+    # Cleaning up takes seconds at most and starts programs that a second Ctrl-C would reach too.
+    for interrupt in _INTERRUPTS:
+        signal.signal(interrupt, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _play(console: Console, folder: Path) -> list[Claim]:
+    with ExitStack() as stack:
+        with _step(console, "a NIC, a switch with reflective relay, the pods a and b"):
+            lab = stack.enter_context(Lab())
+            scene = _Scene(
+                console=console,
+                lab=lab,
+                nic=lab.nic(),
+                pods={name: lab.pod(name) for name in _ADDRESSES},
+                networks=folder,
+                run_dir=folder / "run",
+            )
+        vepa = _attach(scene, "vepa")
+        there = _traces(scene, vepa)
+        with _booted(scene) as guest:
+            reflected = _ping(scene, guest, "with reflective relay")
+            lab.set_reflective(scene.nic, on=False)
+            unreflected = _ping(scene, guest, "without reflective relay")
+        _detach(scene, "vepa")
+        bridge = _attach(scene, "bridge")
+        with _booted(scene) as guest:
+            bridged = _ping(scene, guest, "without reflective relay")
+        _detach(scene, "bridge")
+        left = _traces(scene, vepa + bridge)
+        frames = 2 * _PINGS
+        return [
+            Claim("vepa: a pings b", "0% lost", reflected.lost, reflected.rtt),
+            Claim("- frames at the switch", f"{frames} in, {frames} back", reflected.at_switch),
+            Claim("vepa without reflective relay: a pings b", "100% lost", unreflected.lost),
+            Claim("bridge without it: a pings b", "0% lost", bridged.lost, bridged.rtt),
+            Claim("- frames at the switch", "0 in, 0 back", bridged.at_switch),
+            *(
+                Claim(f"{what}: after ADD, after DEL", "2, 0", f"{there[what]}, {left[what]}")
+                for what in there
+            ),
+            Claim("MAC of the NIC after DEL", scene.nic.mac, _links()[scene.nic.name]["address"]),
+        ]
+
+
+@contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """Show at a terminal what is going on, and everywhere, when it is done, how long it took."""
+    began = time.monotonic()
+    with console.status(what):
+        yield
+    console.print(f"{time.monotonic() - began:5.1f} s  {what}", soft_wrap=True)

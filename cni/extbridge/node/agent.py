@@ -1,0 +1,289 @@
+"""The agent: one process on a node that answers the runtime and hands taps to VMs.
+
+One event loop and one task group; whatever enters the kernel runs in threads, because a netlink
+delete blocks for 20 ms. CNI requests and hand-offs have threads of their own, so that pods, which
+may all ask at once, cannot make the runtime wait. What the agent serves with is given to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final
+
+from extbridge.ledger import Holder
+from extbridge.node import broker, wire
+from extbridge.node.broker import HandOff, Lease
+from extbridge.node.metrics import CONTENT_TYPE, Metrics
+from extbridge.node.reconcile import spooled
+from extbridge.node.sockets import Sockets
+from extbridge.spec import skel
+from extbridge.spec.errors import CniError, TryAgainLater
+from extbridge.spec.request import Verb
+
+log = logging.getLogger(__name__)
+
+CNI_THREADS: Final = 32
+TAP_THREADS: Final = 4
+
+PENDING_TAPS_OF_A_POD: Final = 16
+"""Connections on tap.sock that one namespace may have open at once; more are closed."""
+
+_REFUSED_STATUS = 125
+_SPOOL_SECONDS = 1.0
+_SCRAPE_BYTES = 8 << 10
+
+
+class Phase(Enum):
+    """What the agent is doing."""
+
+    STARTING = auto()
+    SERVING = auto()
+    DRAINING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the agent serves with; all but `reload` block and are called in threads."""
+
+    answer: Callable[[wire.Request, int | None], skel.Answer]
+    hand_off: Callable[[socket.socket, wire.Request], HandOff]
+    release: Callable[[Lease], None]
+    leases: Callable[[], list[Lease]]
+    replay_spool: Callable[[], int]
+    repair: Callable[[], Mapping[str, int]]
+    reload: Callable[[], None]
+    spool: Path
+
+
+class Agent:
+    """The agent's life, from sockets that listen to the last request answered."""
+
+    def __init__(self, services: Services, sockets: Sockets, metrics: Metrics) -> None:
+        self._services = services
+        self._sockets = sockets
+        self._metrics = metrics
+        self._phase = Phase.STARTING
+        self._cni_threads = ThreadPoolExecutor(CNI_THREADS, "cni")
+        self._tap_threads = ThreadPoolExecutor(TAP_THREADS, "tap")
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._pending: Counter[int] = Counter()
+        self._leases: dict[Holder, Lease] = {}
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Set right what is amiss, call `ready`, serve until SIGTERM, finish what was begun."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._services.reload)
+        with self._cni_threads, self._tap_threads:
+            try:
+                await self._reconcile()
+                async with asyncio.TaskGroup() as tasks:
+                    servers = [
+                        tasks.create_task(server)
+                        for server in (
+                            self._accept(self._sockets.cni, self._serve_cni, tasks),
+                            self._accept(self._sockets.taps, self._serve_taps, tasks),
+                            self._accept(self._sockets.metrics, self._serve_metrics, tasks),
+                            self._watch_spool(),
+                        )
+                    ]
+                    self._phase = Phase.SERVING
+                    ready()
+                    log.info("serving")
+                    await stop.wait()
+                    self._phase = Phase.DRAINING
+                    log.info("draining", extra={"in_flight": len(self._in_flight)})
+                    if begun := set(self._in_flight):
+                        await asyncio.wait(begun)
+                    for server in servers:
+                        server.cancel()
+            finally:
+                for lease in self._leases.values():
+                    loop.remove_reader(lease.pidfd)
+                    os.close(lease.pidfd)
+
+    async def _reconcile(self) -> None:
+        loop = asyncio.get_running_loop()
+        replayed = await loop.run_in_executor(self._cni_threads, self._services.replay_spool)
+        repairs = dict(await loop.run_in_executor(self._cni_threads, self._services.repair))
+        repairs["spool"] = replayed
+        for kind, number in repairs.items():
+            self._metrics.repairs.labels(kind).inc(number)
+        for lease in await loop.run_in_executor(self._cni_threads, self._services.leases):
+            self._watch_lease(lease)
+        log.info("reconciled", extra={"repairs": repairs, "leases": len(self._leases)})
+
+    async def _watch_spool(self) -> None:
+        """Serve what a shim spooled while the agent was just starting, and what failed before."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if spooled(self._services.spool):
+                served = await loop.run_in_executor(self._cni_threads, self._services.replay_spool)
+                self._metrics.repairs.labels("spool").inc(served)
+            await asyncio.sleep(_SPOOL_SECONDS)
+
+    async def _accept(
+        self,
+        listening: socket.socket,
+        serve: Callable[[socket.socket], Coroutine[None, None, None]],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as error:
+                # Out of fds: those in flight will give some back.
+                log.warning("accept: %s", error)
+                await asyncio.sleep(0.05)
+                continue
+            task = tasks.create_task(self._guard(serve, connection))
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
+
+    async def _guard(
+        self, serve: Callable[[socket.socket], Coroutine[None, None, None]], peer: socket.socket
+    ) -> None:
+        """Whatever one connection comes to, the agent goes on."""
+        with peer:
+            try:
+                await serve(peer)
+            except (wire.WireError, TimeoutError, OSError) as error:
+                self._refuse("protocol", f"{type(error).__name__}: {error}")
+            except Exception:
+                log.exception("a defect in serving a connection")
+
+    async def _serve_cni(self, peer: socket.socket) -> None:
+        if not broker.is_node_root(peer):
+            self._refuse("caller", "cni.sock is for root in the node's own network namespace")
+            return
+        async with asyncio.timeout(wire.REQUEST_SECONDS):
+            frame = await wire.receive_frame(peer, limit=wire.MAX_CNI_BYTES, max_fds=1)
+        with contextlib.closing(frame):
+            began = time.perf_counter()
+            request = wire.decode_request(frame.payload, wire.CNI)
+            netns = frame.fds[0] if frame.fds else None
+            if self._phase is Phase.DRAINING:
+                answer = skel.answer_failure(_draining(), request.body)
+            else:
+                loop = asyncio.get_running_loop()
+                answer = await loop.run_in_executor(
+                    self._cni_threads, self._services.answer, request, netns
+                )
+            self._account(request, answer, time.perf_counter() - began)
+        async with asyncio.timeout(wire.ANSWER_SECONDS):
+            await wire.send_frame(peer, wire.encode_cni_answer(answer.exit_code, answer.stdout))
+
+    async def _serve_taps(self, peer: socket.socket) -> None:
+        namespace = broker.netns_of(broker.peer_credentials(peer)[0])
+        if self._pending[namespace] >= PENDING_TAPS_OF_A_POD:
+            self._refuse("flood", f"{PENDING_TAPS_OF_A_POD} requests of one namespace are open")
+            return
+        self._pending[namespace] += 1
+        try:
+            async with asyncio.timeout(wire.REQUEST_SECONDS):
+                frame = await wire.receive_frame(peer, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0)
+            await self._hand_off(peer, wire.decode_request(frame.payload, wire.TAPS))
+        finally:
+            self._pending[namespace] -= 1
+            if not self._pending[namespace]:
+                del self._pending[namespace]
+
+    async def _hand_off(self, peer: socket.socket, request: wire.Request) -> None:
+        loop = asyncio.get_running_loop()
+        began = time.perf_counter()
+        try:
+            if self._phase is Phase.DRAINING:
+                raise _draining()
+            given = await loop.run_in_executor(
+                self._tap_threads, self._services.hand_off, peer, request
+            )
+        except CniError as error:
+            self._refuse(type(error).__name__, str(error))
+            async with asyncio.timeout(wire.ANSWER_SECONDS):
+                await wire.send_frame(peer, wire.encode_tap_refusal(_REFUSED_STATUS, str(error)))
+            return
+        self._metrics.hand_off_duration.observe(time.perf_counter() - began)
+        self._metrics.hand_offs.inc(given.taps)
+        self._watch_lease(given.lease)
+        log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
+        # A launcher that does not take them ends, and its lease with it; or it may ask anew.
+        with given.owned:
+            async with asyncio.timeout(wire.ANSWER_SECONDS):
+                for payload, fds in given.frames:
+                    await wire.send_frame(peer, payload, fds)
+
+    async def _serve_metrics(self, peer: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(wire.REQUEST_SECONDS):
+            asked = b""
+            while b"\r\n\r\n" not in asked and len(asked) < _SCRAPE_BYTES:
+                more = await loop.sock_recv(peer, _SCRAPE_BYTES)
+                if not more:
+                    return
+                asked += more
+        body = await loop.run_in_executor(self._tap_threads, self._metrics.render)
+        head = f"HTTP/1.0 200 OK\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}"
+        async with asyncio.timeout(wire.ANSWER_SECONDS):
+            await loop.sock_sendall(peer, head.encode() + b"\r\n\r\n" + body)
+
+    def _watch_lease(self, lease: Lease) -> None:
+        former = self._leases.get(lease.holder)
+        if former is not None:
+            os.close(lease.pidfd)
+            lease = replace(former, container_ids=former.container_ids | lease.container_ids)
+        else:
+            # Readable from the end of its process on (man 2 pidfd_open).
+            asyncio.get_running_loop().add_reader(lease.pidfd, self._end_lease, lease.holder)
+        self._leases[lease.holder] = lease
+        self._metrics.leases.set(len(self._leases))
+
+    def _end_lease(self, holder: Holder) -> None:
+        lease = self._leases.pop(holder)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(lease.pidfd)
+        os.close(lease.pidfd)
+        self._metrics.leases.set(len(self._leases))
+        log.info("lease ended", extra={"pid": holder.pid})
+        # Nobody waits for it: who asks for the tap meanwhile sees that its holder is dead.
+        self._tap_threads.submit(self._services.release, lease)
+
+    def _account(self, request: wire.Request, answer: skel.Answer, seconds: float) -> None:
+        asked = request.environ.get("CNI_COMMAND", "")
+        verb = asked if asked in list(Verb) else "other"
+        self._metrics.requests.labels(verb, str(answer.code)).inc()
+        self._metrics.duration.labels(verb).observe(seconds)
+        about = {
+            "container": request.environ.get("CNI_CONTAINERID", ""),
+            "ifname": request.environ.get("CNI_IFNAME", ""),
+            "code": answer.code,
+            "ms": round(seconds * 1000, 2),
+        }
+        if answer.code:
+            log.warning("%s failed: %s", verb, answer.stdout.decode().strip(), extra=about)
+        else:
+            log.info(verb, extra=about)
+        if answer.stderr:
+            log.error("%s", answer.stderr)
+
+    def _refuse(self, reason: str, sentence: str) -> None:
+        self._metrics.refusals.labels(reason).inc()
+        log.warning("refused: %s", sentence, extra={"reason": reason})
+
+
+def _draining() -> TryAgainLater:
+    return TryAgainLater("the agent is about to stop", "its successor will answer")

@@ -1,0 +1,229 @@
+"""The broker: gives the process that asks the taps of the namespace it stands in, and no others.
+
+Nothing is believed but the kernel: who asks, where it stands, which links are there, what is behind
+a device node. What a request says only shapes the command that goes back.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from extbridge.handoff import Tap, take_taps
+from extbridge.kernel.netns import is_own
+from extbridge.ledger import Holder, Ledger
+from extbridge.node import wire
+from extbridge.node.launcher import DEFAULT_MODEL, MODEL_VARIABLE, render_command
+from extbridge.spec.errors import InvalidEnvironment, NotPermitted
+
+IFNAMES_VARIABLE: Final = "EXTBRIDGE_IFNAMES"
+
+_SO_PEERPIDFD = 77
+_UCRED = struct.Struct("=iII")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The process at the other end, pinned: `pidfd` is its owner's to close."""
+
+    pid: int
+    uid: int
+    pidfd: int
+
+    def lives(self) -> bool:
+        """Whether the process has not ended; while it has not, its number is nobody else's."""
+        # A pidfd is readable from the end of its process on (man 2 pidfd_open).
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The life of a process that took taps; `pidfd` is its owner's to close."""
+
+    holder: Holder
+    container_ids: frozenset[str]
+    pidfd: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """What goes to a launcher: frames with fds, which `owned` closes, and the lease on them."""
+
+    frames: list[tuple[bytes, list[int]]]
+    lease: Lease
+    taps: int
+    owned: ExitStack
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """The (pid, uid) with which the other side connected (man 7 unix, SO_PEERCRED)."""
+    answer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(answer)
+    return pid, uid
+
+
+@contextmanager
+def pinned_peer(connection: socket.socket) -> Iterator[Peer]:
+    """The process at the other end of the connection, for the length of the block.
+
+    Raises NotPermitted where it cannot be seen or is gone.
+    """
+    pid, uid = peer_credentials(connection)
+    if pid == 0:
+        raise NotPermitted(
+            "the process that asks stands outside of the agent's process namespace",
+            "run the agent with hostPID",
+        )
+    try:
+        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise _gone(pid) from error
+        # Before Linux 6.5: whoever has the number now. That it is still the one that connected is
+        # as sure as process numbers are slow to come round.
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as gone:
+            raise _gone(pid) from gone
+    try:
+        yield Peer(pid, uid, pidfd)
+    finally:
+        os.close(pidfd)
+
+
+@contextmanager
+def peers_netns(peer: Peer) -> Iterator[int]:
+    """The namespace in which the peer stands, opened; raises NotPermitted if the peer is gone."""
+    try:
+        netns = os.open(f"/proc/{peer.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise _gone(peer.pid) from error
+    try:
+        # Asked after the opening: had it ended before, the number could have been another's.
+        if not peer.lives():
+            raise _gone(peer.pid)
+        yield netns
+    finally:
+        os.close(netns)
+
+
+def is_node_root(connection: socket.socket) -> bool:
+    """Whether root asks, from the agent's own network namespace: the only one for `cni.sock`.
+
+    Root in a pod has uid 0 too; it stands in the pod's namespace.
+    """
+    try:
+        with pinned_peer(connection) as peer, peers_netns(peer) as netns:
+            return peer.uid == 0 and is_own(netns)
+    except NotPermitted:
+        return False
+
+
+def netns_of(pid: int) -> int:
+    """The inode of the namespace in which a process stands, 0 if it cannot be told."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return 0
+
+
+def hand_off(connection: socket.socket, request: wire.Request, ledger: Ledger) -> HandOff:
+    """Open the taps of the namespace in which the peer stands, and write its command.
+
+    Raises NotPermitted, UnknownContainer, TapHeld, WrongTap, InvalidEnvironment; then nothing is
+    open and nothing is held.
+    """
+    with ExitStack() as owned:
+        peer = owned.enter_context(pinned_peer(connection))
+        with peers_netns(peer) as netns:
+            if is_own(netns):
+                raise NotPermitted(
+                    "the process that asks stands in the node's own network namespace",
+                    "a hostNetwork pod has no NIC of its own; run the VM in a pod that has",
+                )
+            holder = Holder.of(peer.pid)
+            ifnames = tuple(filter(None, request.environ.get(IFNAMES_VARIABLE, "").split(",")))
+            taps = owned.enter_context(take_taps(netns, holder, ledger=ledger, ifnames=ifnames))
+        command = _command(request, _renumbered(taps))
+        fds = [fd for tap in taps for fd in (*tap.fds, *tap.vhost_fds)]
+        frames = [(payload, list(sent)) for payload, sent in wire.encode_tap_answer(fds, command)]
+        lease = Lease(holder, frozenset(tap.container_id for tap in taps), os.dup(peer.pidfd))
+        return HandOff(frames, lease, len(taps), owned.pop_all())
+
+
+def leases_of(ledger: Ledger) -> list[Lease]:
+    """The leases that the ledger tells of and that still live; their pidfds are the caller's."""
+    containers: dict[Holder, set[str]] = {}
+    for entry in ledger.entries():
+        if entry.holder is not None:
+            containers.setdefault(entry.holder, set()).add(entry.container_id)
+    found = []
+    for holder, container_ids in containers.items():
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(holder.pid)
+            # Asked after the opening, so that the pidfd is of the process that was meant.
+            if holder.alive():
+                found.append(Lease(holder, frozenset(container_ids), pidfd))
+            else:
+                os.close(pidfd)
+    return found
+
+
+def release(lease: Lease, ledger: Ledger) -> None:
+    """Free what a process that has ended held."""
+    for container_id in lease.container_ids:
+        with ledger.hold(container_id) as held:
+            for entry in held.entries():
+                if entry.holder == lease.holder:
+                    held.write(replace(entry, holder=None))
+
+
+def _command(request: wire.Request, taps: list[Tap]) -> list[str]:
+    argv = wire.decode_strings(request.body)
+    if argv:
+        model = request.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+        command = render_command(argv, taps, model=model)
+    else:
+        # A launcher that execs nothing wants to know what it got.
+        command = [json.dumps([describe(tap) for tap in taps])]
+    if sum(len(os.fsencode(argument)) + 1 for argument in command) > wire.MAX_TAP_REQUEST_BYTES:
+        raise InvalidEnvironment(
+            f"the command is longer than {wire.MAX_TAP_REQUEST_BYTES} bytes", "shorten it"
+        )
+    return command
+
+
+def describe(tap: Tap) -> dict[str, object]:
+    """A tap as JSON for a launcher of its own kind; the numbers are the wire's."""
+    return {
+        "name": tap.name,
+        "mac": tap.mac,
+        "mtu": tap.mtu,
+        "fds": tap.fds,
+        "vhostFds": tap.vhost_fds,
+    }
+
+
+def _renumbered(taps: list[Tap]) -> list[Tap]:
+    """The same taps with the numbers that their fds will have at the launcher."""
+    number = iter(range(wire.FIRST_TAP_FD, 1 << 20))
+    return [
+        replace(
+            tap,
+            fds=tuple(next(number) for _ in tap.fds),
+            vhost_fds=tuple(next(number) for _ in tap.vhost_fds),
+        )
+        for tap in taps
+    ]
+
+
+def _gone(pid: int) -> NotPermitted:
+    return NotPermitted(f"process {pid}, which asked, has ended", "ask again")

@@ -1,0 +1,89 @@
+"""The agent's listening sockets: its own, or those that systemd holds for it, and its word to it.
+
+sd_listen_fds(3), sd_notify(3). A socket that systemd holds outlives the agent: who connects while
+it restarts waits in the queue.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+CNI_SOCKET: Final = "cni.sock"
+METRICS_SOCKET: Final = "metrics.sock"
+POD_FOLDER: Final = "pod"
+TAP_SOCKET: Final = f"{POD_FOLDER}/tap.sock"
+SPOOL_FOLDER: Final = "spool"
+
+_FIRST_LISTEN_FD = 3
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Listening and non-blocking, all three."""
+
+    cni: socket.socket
+    taps: socket.socket
+    metrics: socket.socket
+
+
+@contextmanager
+def listening(run: Path) -> Iterator[Sockets]:
+    """The sockets in the run folder, which is made where it is missing; closed after the block."""
+    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (run / SPOOL_FOLDER).mkdir(mode=0o700, exist_ok=True)
+    pod = run / POD_FOLDER
+    pod.mkdir(exist_ok=True)
+    # What a pod needs to see, whatever the umask.
+    pod.chmod(0o755)
+    with ExitStack() as closing:
+        inherited = {}
+        for fd in _listen_fds():
+            held = closing.enter_context(socket.socket(fileno=fd))
+            inherited[held.getsockname()] = held
+        yield Sockets(
+            _listen(run / CNI_SOCKET, 0o600, inherited, closing),
+            _listen(run / TAP_SOCKET, 0o666, inherited, closing),
+            _listen(run / METRICS_SOCKET, 0o600, inherited, closing),
+        )
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has asked to be told (NOTIFY_SOCKET)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    # A leading @ is for a name that is no file (man 7 unix, abstract).
+    name = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.sendto(state.encode(), name)
+
+
+def _listen(
+    path: Path, mode: int, inherited: dict[str, socket.socket], closing: ExitStack
+) -> socket.socket:
+    held = inherited.get(str(path))
+    if held is None:
+        held = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        # Renamed over the last agent's: there is no moment without a socket at this path.
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        held.bind(str(draft))
+        draft.chmod(mode)
+        held.listen(_BACKLOG)
+        draft.rename(path)
+    held.settimeout(0)
+    return held
+
+
+def _listen_fds() -> range:
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return range(0)
+    number = int(os.environ.get("LISTEN_FDS", "0"))
+    return range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + number)

@@ -1,0 +1,240 @@
+"""The wire between shim, launcher and agent: docs/protocol.md says all of it.
+
+What is received is another's, an fd as much as a length: nothing is believed before it is checked,
+and every fd that arrives is closed on exec and owned by the frame it came with.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+VERSION: Final = 1
+CNI: Final = b"C"
+TAPS: Final = b"T"
+
+MAX_CNI_BYTES: Final = 2 << 20
+MAX_TAP_REQUEST_BYTES: Final = 256 << 10
+MAX_TAP_ANSWER_BYTES: Final = 512 << 10
+MAX_FDS: Final = 250
+FIRST_TAP_FD: Final = 100
+
+REQUEST_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 5.0
+
+_U32 = struct.Struct("<I")
+_MAGIC = b"xb" + bytes([VERSION])
+_FD = struct.Struct("=i")
+_CHUNK = 1 << 18
+
+
+class WireError(Exception):
+    """The other side did not keep to the protocol; the connection is of no more use."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """A payload with the fds that rode on it; whoever has the frame owns them."""
+
+    payload: bytes
+    fds: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close the fds that nobody has taken out of the frame."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request's parts; the environment's values as os.environ would hold them."""
+
+    environ: dict[str, str]
+    body: bytes
+
+
+async def receive_frame(connection: socket.socket, *, limit: int, max_fds: int) -> Frame:
+    """The next frame on a non-blocking socket; raises WireError. The caller sets the deadline."""
+    steps = _receive(connection, limit, max_fds)
+    with contextlib.closing(steps):
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                frame: Frame = done.value
+                return frame
+            await _ready(connection, write=False)
+
+
+def wait_for_frame(connection: socket.socket, *, limit: int, max_fds: int, seconds: float) -> Frame:
+    """The same for those without an event loop; raises TimeoutError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    steps = _receive(connection, limit, max_fds)
+    with contextlib.closing(steps), selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                frame: Frame = done.value
+                return frame
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"no answer in {seconds:g} s")
+
+
+async def send_frame(connection: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
+    """Send a frame on a non-blocking socket; the fds stay the caller's, who sets the deadline."""
+    left = memoryview(_U32.pack(len(payload)) + payload)
+    rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    while left:
+        try:
+            left = left[connection.sendmsg([left], rides, socket.MSG_NOSIGNAL) :]
+            rides = []
+        except BlockingIOError:
+            await _ready(connection, write=True)
+
+
+def encode_request(kind: bytes, environ: Mapping[str, str], body: bytes) -> bytes:
+    """The payload of a request; of `environ` all is sent."""
+    variables = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environ.items())
+    return _MAGIC + kind + variables + b"\0" + body
+
+
+def decode_request(payload: bytes, kind: bytes) -> Request:
+    """The parts of a request of this kind; raises WireError."""
+    if not payload.startswith(_MAGIC + kind):
+        raise WireError(f"a request that starts with {payload[:4]!r}, not {_MAGIC + kind!r}")
+    at = len(_MAGIC + kind)
+    environ = {}
+    while not payload.startswith(b"\0", at):
+        variable, ended, _ = payload[at:].partition(b"\0")
+        name, given, value = variable.partition(b"=")
+        if not ended or not given:
+            raise WireError("a request whose environment has no end")
+        environ[os.fsdecode(name)] = os.fsdecode(value)
+        at += len(variable) + 1
+    return Request(environ, payload[at + 1 :])
+
+
+def encode_strings(strings: Iterable[str]) -> bytes:
+    """A command: each argument ended by a NUL."""
+    return b"".join(os.fsencode(string) + b"\0" for string in strings)
+
+
+def decode_strings(body: bytes) -> list[str]:
+    """A command's arguments; raises WireError where the last has no end."""
+    if body and not body.endswith(b"\0"):
+        raise WireError("a command without an end")
+    return [os.fsdecode(string) for string in body.split(b"\0")[:-1]]
+
+
+def encode_cni_answer(status: int, stdout: bytes) -> bytes:
+    """The payload of the answer to a CNI request."""
+    return _U32.pack(status) + stdout
+
+
+def encode_tap_refusal(status: int, sentence: str) -> bytes:
+    """The payload of the answer to a launcher that gets nothing."""
+    return _U32.pack(status) + _U32.pack(0) + sentence.encode(errors="replace")
+
+
+def encode_tap_answer(
+    fds: Sequence[int], command: Sequence[str]
+) -> Iterator[tuple[bytes, Sequence[int]]]:
+    """The frames that hand `fds` over, to be numbered from FIRST_TAP_FD on, and the command."""
+    for at in range(0, len(fds), MAX_FDS):
+        chunk = fds[at : at + MAX_FDS]
+        numbers = range(FIRST_TAP_FD + at, FIRST_TAP_FD + at + len(chunk))
+        head = _U32.pack(0) + _U32.pack(len(chunk)) + b"".join(map(_U32.pack, numbers))
+        last = at + len(chunk) == len(fds)
+        yield head + (encode_strings(command) if last else b""), chunk
+
+
+def decode_tap_answer(frame: Frame) -> tuple[int, list[int], bytes]:
+    """Status, the numbers for the frame's fds, and what follows them; raises WireError."""
+    payload = frame.payload
+    if len(payload) < 2 * _U32.size:
+        raise WireError(f"an answer of {len(payload)} bytes")
+    status, count = (_U32.unpack_from(payload, at)[0] for at in (0, _U32.size))
+    end = (2 + count) * _U32.size
+    if count != len(frame.fds) or len(payload) < end:
+        raise WireError(f"an answer that numbers {count} fds and has {len(frame.fds)}")
+    numbers = [_U32.unpack_from(payload, at)[0] for at in range(2 * _U32.size, end, _U32.size)]
+    return status, numbers, payload[end:]
+
+
+def _receive(connection: socket.socket, limit: int, max_fds: int) -> Generator[None, None, Frame]:
+    """Receive a frame, yielding whenever the socket has nothing more yet."""
+    frame = Frame(b"")
+    try:
+        head = yield from _take(connection, _U32.size, max_fds, frame)
+        length = _checked_length(head, limit)
+        frame.payload = yield from _take(connection, length, len(frame.fds), frame)
+    except BaseException:
+        frame.close()
+        raise
+    return frame
+
+
+def _checked_length(head: bytes, limit: int) -> int:
+    length: int = _U32.unpack(head)[0]
+    if length > limit:
+        raise WireError(f"a frame of {length} bytes, {limit} are allowed")
+    return length
+
+
+def _take(
+    connection: socket.socket, size: int, max_fds: int, frame: Frame
+) -> Generator[None, None, bytes]:
+    """Receive so many bytes; `max_fds` counts those that the frame has already."""
+    taken = bytearray()
+    while len(taken) < size:
+        room = max_fds - len(frame.fds)
+        try:
+            data, ancillary, flags, _ = connection.recvmsg(
+                min(size - len(taken), _CHUNK),
+                socket.CMSG_SPACE(room * _FD.size) if room else 0,
+                socket.MSG_CMSG_CLOEXEC,
+            )
+        except BlockingIOError:
+            yield
+            continue
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = value[: len(value) - len(value) % _FD.size]
+                frame.fds += [number for (number,) in _FD.iter_unpack(whole)]
+        if flags & socket.MSG_CTRUNC or len(frame.fds) > max_fds:
+            raise WireError(f"more than the {max_fds} fds that are allowed")
+        if not data:
+            raise WireError("the connection ended within a frame")
+        taken += data
+        # They ride on the first byte, and only there.
+        max_fds = len(frame.fds)
+    return bytes(taken)
+
+
+async def _ready(connection: socket.socket, *, write: bool) -> None:
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    add, remove = (
+        (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+    )
+    add(connection, _settle, future)
+    try:
+        await future
+    finally:
+        remove(connection)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
