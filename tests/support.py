@@ -1,4 +1,4 @@
-"""What tests of several folders share and no fixture can be: types, requests, what iproute2 says."""
+"""What tests of several folders share and is no fixture: requests, answers, what iproute2 says."""
 
 from __future__ import annotations
 

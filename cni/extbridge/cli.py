@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -63,19 +64,15 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
 
 
 @cli.command()
-@click.option(
-    "--guest",
-    envvar="EXTBRIDGE_GUEST",
-    default=".guest",
-    show_default=True,
-    metavar="FOLDER",
-    help="Where the guests' kernel is unpacked; `make demo` puts it there.",
-)
-def demo(guest: str) -> None:
-    """Two VMs ping each other across a VEPA switch, all on this machine and of its own making."""
+def demo() -> None:
+    """Two VMs ping each other across a VEPA switch, all on this machine and of its own making.
+
+    The guests' kernel is looked for in the folder that EXTBRIDGE_GUEST names, else in .guest, where
+    `make demo` puts it.
+    """
     from extbridge.demo.story import tell
 
-    sys.exit(tell(guest))
+    sys.exit(tell())
 
 
 def main() -> None:

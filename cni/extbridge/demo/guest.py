@@ -96,7 +96,7 @@ class Guest:
         self._taken = 0
         self._commands = 0
         self._state = _State.BOOTING
-        kernel, initramfs = _boot_files(guest_folder())
+        kernel, initramfs = boot_files(guest_folder())
         argv = ("setpriv", "--pdeathsig", "KILL", "--", *launcher,
                 *_qemu(kernel, initramfs, cpus), *options)  # fmt: skip
         self._serial, theirs = socket.socketpair()
@@ -216,7 +216,7 @@ def _qemu(kernel: Path, initramfs: Path, cpus: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _boot_files(folder: Path) -> tuple[Path, Path]:
+def boot_files(folder: Path) -> tuple[Path, Path]:
     """The kernel, and the initramfs that was made for it, in `folder`."""
     kernel = next(folder.glob("kernel/boot/vmlinuz-*"), None)
     busybox = shutil.which("busybox")

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -159,6 +159,7 @@ def _play(console: Console, folder: Path) -> list[Claim]:
             bridged = _ping(scene, guest, "without reflective relay")
         _detach(scene, "bridge")
         left = _traces(scene, vepa + bridge)
+        [link] = _list_links("", besides=("lo",))
         frames = 2 * _PINGS
         return [
             Claim("vepa: a pings b", "0% lost", reflected.lost, reflected.rtt),
@@ -170,7 +171,7 @@ def _play(console: Console, folder: Path) -> list[Claim]:
                 Claim(f"{what}: after ADD, after DEL", "2, 0", f"{there[what]}, {left[what]}")
                 for what in there
             ),
-            Claim("MAC of the NIC after DEL", scene.nic.mac, _links()[scene.nic.name]["address"]),
+            Claim("MAC of the NIC: as before", scene.nic.mac, link["address"]),
         ]
 
 
@@ -181,3 +182,149 @@ def _step(console: Console, what: str) -> Iterator[None]:
     with console.status(what):
         yield
     console.print(f"{time.monotonic() - began:5.1f} s  {what}", soft_wrap=True)
+
+
+def _attach(scene: _Scene, mode: str) -> list[int]:
+    """Define a network of this mode and ADD both pods to it; the ifindexes that came of it."""
+    nic = f"<extbridge mode='{mode}' dev='{scene.nic.name}'/>"
+    definition = f"<network><name>{mode}net</name>{nic}</network>\n"
+    (scene.networks / f"{mode}net.xml").write_text(definition)
+    with _step(scene.console, f"ADD both pods to the network {nic}"):
+        for pod in scene.pods:
+            _call_plugin(scene, "ADD", pod, f"{mode}net")
+    ifindexes = []
+    for pod, netns in scene.pods.items():
+        for link in _list_links(netns, besides=("lo",)):
+            ifindexes.append(link["ifindex"])
+            _show(scene, f"pod {pod}: {link['ifname']} {link['address']} /dev/tap{link['ifindex']}")
+    return ifindexes
+
+
+def _detach(scene: _Scene, mode: str) -> None:
+    with _step(scene.console, "DEL"):
+        for pod in scene.pods:
+            _call_plugin(scene, "DEL", pod, f"{mode}net")
+
+
+def _call_plugin(scene: _Scene, verb: str, pod: str, network: str) -> None:
+    """Run a verb as a runtime does (SPEC 1.1.0 section 4)."""
+    config = {
+        "cniVersion": "1.1.0",
+        "name": network,
+        "type": "extbridge",
+        "network": network,
+        "networksDir": str(scene.networks),
+    }
+    plugin = _executable("extbridge-cni")
+    environment = {
+        **_environment(scene),
+        "CNI_COMMAND": verb,
+        "CNI_CONTAINERID": f"demo-{pod}",
+        "CNI_NETNS": scene.pods[pod],
+        "CNI_IFNAME": _IFNAME,
+        "CNI_PATH": os.path.dirname(plugin),
+    }
+    done = subprocess.run(
+        plugin,
+        input=json.dumps(config),
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise DemoFailure(f"{verb} of pod {pod} failed: {done.stdout.strip()}")
+
+
+@contextmanager
+def _booted(scene: _Scene) -> Iterator[Guest]:
+    """The guest in pod a, while it and the one in pod b run."""
+    with ExitStack() as stack:
+        with _step(scene.console, "boot both guests: extbridge run --netns POD -- qemu…"):
+            guests = [
+                stack.enter_context(
+                    Guest(
+                        pod,
+                        (_executable("extbridge"), "run", "--netns", netns, "--"),
+                        addresses=[f"{_ADDRESSES[pod]}/24"],
+                        env=_environment(scene),
+                    )
+                )
+                for pod, netns in scene.pods.items()
+            ]
+            for guest in guests:
+                guest.wait_ready()
+        yield guests[0]
+
+
+def _ping(scene: _Scene, guest: Guest, how: str) -> _Ping:
+    command = f"ping -c {_PINGS} -i 0.2 -W 1 {_ADDRESSES['b']}"
+    with scene.lab.packets(scene.lab.switch, scene.nic.port) as port:
+        with _step(scene.console, f"ping {how}"):
+            said = guest.run(command).output
+        frames = [frame for frame in receive(port, seconds=0.1) if _is_icmp(frame)]
+    _show(scene, f"{guest.name} # {command}")
+    for line in said.splitlines():
+        if line.startswith(("64 bytes", f"{_PINGS} packets", "round-trip")):
+            _show(scene, line)
+    lost = re.search(r"\d+% packet loss", said)
+    rtt = re.search(r"= [\d.]+/([\d.]+)/", said)
+    return _Ping(
+        lost=lost[0].replace("packet loss", "lost") if lost else "nothing",
+        rtt=f"{float(rtt[1]):.1f} ms" if rtt else "",
+        at_switch=f"{sum(not frame.sent for frame in frames)} in,"
+        f" {sum(frame.sent for frame in frames)} back",
+    )
+
+
+def _is_icmp(frame: Frame) -> bool:
+    return frame.data[12:14] == b"\x08\x00" and frame.data[23] == 1
+
+
+def _traces(scene: _Scene, ifindexes: list[int]) -> dict[str, int]:
+    """How many there are of all that attachments are made of, on the node and in the pods."""
+    namespaces = ("", *scene.pods.values())
+    with device_nodes() as nodes:
+        taps = [ifindex for ifindex in ifindexes if f"tap{ifindex}" in os.listdir(nodes)]
+    return {
+        "links": sum(len(_list_links(it, besides=("lo", scene.nic.name))) for it in namespaces),
+        "nftables": sum(
+            len(run("nft", "list", "tables", netns=it).splitlines()) for it in namespaces
+        ),
+        "ledger entries": sum(path.is_file() for path in scene.run_dir.rglob("*")),
+        "/dev/tap nodes": len(taps),
+    }
+
+
+def _list_links(netns: str, *, besides: tuple[str, ...]) -> list[dict[str, Any]]:
+    links: list[dict[str, Any]] = json.loads(run("ip", "-json", "link", netns=netns))
+    return [link for link in links if link["ifname"] not in besides]
+
+
+def _environment(scene: _Scene) -> dict[str, str]:
+    return {**os.environ, RUN_VARIABLE: str(scene.run_dir)}
+
+
+def _executable(name: str) -> str:
+    """The program of the package that this process is a program of."""
+    return str(Path(sys.argv[0]).resolve().with_name(name))
+
+
+def _show(scene: _Scene, line: str) -> None:
+    scene.console.print(f"         {line}", style="dim", soft_wrap=True)
+
+
+def _judge(console: Console, claims: list[Claim]) -> int:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("claim", "expected", "measured", ""):
+        table.add_column(heading)
+    for claim in claims:
+        verdict = Text("ok", "green") if claim.held else Text("FAILED", "bold red")
+        measured = f"{claim.measured}, {claim.remark}" if claim.remark else claim.measured
+        table.add_row(claim.what, claim.expected, measured, verdict)
+    console.print(table)
+    failed = sum(not claim.held for claim in claims)
+    console.print(
+        f"{failed} of {len(claims)} claims FAILED" if failed else f"all {len(claims)} claims hold"
+    )
+    return 1 if failed else 0

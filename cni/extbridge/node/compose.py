@@ -9,7 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from extbridge.ledger import Ledger
 from extbridge.network.store import DEFAULT_DIRECTORY
@@ -20,14 +20,12 @@ from extbridge.node.metrics import Metrics
 from extbridge.plugin import verbs
 from extbridge.spec import skel
 
-LogFormat = Literal["text", "json"]
-
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-def run_agent(run: Path, networks: Path, log_format: LogFormat) -> None:
+def run_agent(run: Path, networks: Path, *, as_json: bool) -> None:
     """Be the node's agent until SIGTERM."""
-    _log_to_stderr(log_format)
+    _log_to_stderr(as_json=as_json)
     ledger = Ledger(run)
     served = verbs(ledger)
     spool = run / sockets.SPOOL_FOLDER
@@ -54,3 +52,34 @@ def run_agent(run: Path, networks: Path, log_format: LogFormat) -> None:
         agent = Agent(services, listening, metrics)
         asyncio.run(agent.run(lambda: sockets.notify("READY=1")))
         sockets.notify("STOPPING=1")
+
+
+def _log_to_stderr(*, as_json: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+class _TextFormatter(logging.Formatter):
+    """Message first, then what belongs to it as key=value; the time is the journal's to add."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = [super().format(record), *(f"{k}={v}" for k, v in _extras(record).items())]
+        return f"{record.levelname.lower()}: {' '.join(said)}"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": super().format(record),
+            **_extras(record),
+        }
+        return json.dumps(told, default=str)

@@ -93,7 +93,7 @@ def wait_for_frame(connection: socket.socket, *, limit: int, max_fds: int, secon
 
 async def send_frame(connection: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
     """Send a frame on a non-blocking socket; the fds stay the caller's, who sets the deadline."""
-    left = memoryview(_U32.pack(len(payload)) + payload)
+    left = memoryview(frame_head(payload) + payload)
     rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     while left:
         try:
@@ -101,6 +101,11 @@ async def send_frame(connection: socket.socket, payload: bytes, fds: Sequence[in
             rides = []
         except BlockingIOError:
             await _ready(connection, write=True)
+
+
+def frame_head(payload: bytes) -> bytes:
+    """What goes before a payload: its length."""
+    return _U32.pack(len(payload))
 
 
 def encode_request(kind: bytes, environ: Mapping[str, str], body: bytes) -> bytes:
