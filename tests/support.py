@@ -1,4 +1,4 @@
-"""What tests of several folders share and is no fixture: requests, answers, what iproute2 says."""
+"""What tests of several folders share and no fixture can be: types, and the demand for a tool."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
-
-from extbridge.demo.lab import run
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,42 +81,6 @@ class Cni:
         with self.start(verb, **variables) as process:
             stdout, stderr = process.communicate(given, timeout=60)
         return Answer(process.returncode, json.loads(stdout) if stdout else None, stderr.decode())
-
-
-def network_config(nic: str, *, mode: str = "vepa", **keys: object) -> dict[str, object]:
-    """The configuration of `vepanet` on the NIC; `keys` are further ones, or take others' place."""
-    return {
-        "cniVersion": "1.1.0",
-        "name": "vepanet",
-        "type": "extbridge",
-        "extbridge": {"mode": mode, "dev": nic},
-        **keys,
-    }
-
-
-def show_link(name: str, netns: str = "") -> dict[str, Any]:
-    """The link as iproute2 sees it, on the node or in the namespace at the path."""
-    link: dict[str, Any]
-    [link] = json.loads(run("ip", "-json", "-detail", "link", "show", "dev", name, netns=netns))
-    return link
-
-
-def link_names(netns: str = "") -> set[str]:
-    """The links that iproute2 sees, on the node or in the namespace at the path."""
-    return {link["ifname"] for link in json.loads(run("ip", "-json", "link", netns=netns))}
-
-
-def ledger_of(run_dir: Path) -> list[str]:
-    """All files and folders of the ledger, by their paths in it."""
-    folder = run_dir / "ledger"
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def picture(run_dir: Path, *pods: str) -> list[object]:
-    """All that attachments are made of: what a request that fails leaves as it was."""
-    links = [run("ip", "-json", "-detail", "link", netns=netns) for netns in ("", *pods)]
-    rules = [run("nft", "list", "ruleset", netns=netns) for netns in pods]
-    return [ledger_of(run_dir), *links, *rules]
 
 
 def executable(name: str) -> str:

@@ -24,14 +24,15 @@ from extbridge.kernel.links import (
     set_mac,
     set_up,
 )
-from extbridge.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink
+from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode, opened_netns
-from extbridge.kernel.silence import silence, silenced_ifindexes, unsilence, unsilenced_by
+from extbridge.kernel.silence import silence, unsilence_absent, unsilenced_by
 from extbridge.kernel.taps import device_nodes, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.network.wanted import WantedNic, derived_or_given_mac
 from extbridge.spec.errors import MacInUse, NameTaken, NicBusy
+from extbridge.spec.request import find_name_fault
 
 _INDEX_TRIES: Final = 8
 """How often another ifindex is tried; two in a row that are taken are not chance any more."""
@@ -42,22 +43,17 @@ _ALIAS: Final = "extbridge"
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """The calling thread stands in the pod's namespace, with these sockets of that namespace."""
+    """The calling thread stands in the pod's namespace, with a socket of that namespace."""
 
     netns: int
     route: Netlink
-    netfilter: Netlink
 
 
 @contextmanager
 def enter_pod(netns: int) -> Iterator[Pod]:
     """Stand in the namespace for the length of the block. Taps must not be opened here (taps)."""
-    with (
-        inside(netns),
-        Netlink(NETLINK_ROUTE) as route,
-        Netlink(NETLINK_NETFILTER) as netfilter,
-    ):
-        yield Pod(netns, route, netfilter)
+    with inside(netns), Netlink(NETLINK_ROUTE) as route:
+        yield Pod(netns, route)
 
 
 def alias_of(container_id: str, cni_ifname: str) -> str:
@@ -66,9 +62,14 @@ def alias_of(container_id: str, cni_ifname: str) -> str:
 
 
 def container_of(link: Link) -> str:
-    """The container ID in a link's alias; neither it nor an interface name can hold a colon."""
+    """The container ID in a link's alias, empty where there is none.
+
+    The alias is the pod's to change, if it has CAP_NET_ADMIN, and the ID becomes a path: what could
+    be no ID is none. Neither an ID nor an interface name can hold a colon.
+    """
     mark, _, rest = link.alias.partition(":")
-    return rest.partition(":")[0] if mark == _ALIAS else ""
+    container_id = rest.partition(":")[0]
+    return "" if mark != _ALIAS or find_name_fault(container_id) else container_id
 
 
 def attach(
@@ -90,8 +91,9 @@ def attach(
     with ExitStack() as undo:
         while True:
             entry = _numbered(draft, wanted, former_ifname, pod)
-            held.write(entry)
+            undo.callback(unsilence_absent, pod.route)
             undo.callback(detach, entry, held=held, pod=pod)
+            held.write(entry)
             try:
                 _create(entry, wanted, host, pod.netns)
                 break
@@ -107,7 +109,7 @@ def attach(
         if entry.mode == Mode.PASSTHRU and entry.mac != lower.mac:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
             set_mac(pod.route, entry.ifindex, entry.mac)
-        silence(pod.netfilter, entry.ifindex, entry.ifname)
+        silence(entry.ifindex, entry.ifname)
         try:
             set_up(pod.route, entry.ifindex, alias=alias_of(entry.container_id, entry.cni_ifname))
         except OSError as error:
@@ -124,44 +126,38 @@ def detach(entry: Entry, *, held: Held, pod: Pod | None) -> None:
     """Unmake the attachment; `pod` None says that its namespace is gone, and the link with it.
 
     Deleted is the link with the entry's ifindex, which is unique on the node, if it is ours. The
-    entry goes last: what fails before can be tried again.
+    entry goes last: what fails before can be tried again. The link's rules, which say nothing any
+    more without it, are `unsilence_absent`'s.
     """
     if pod is not None:
         link = find_link(pod.route, ifindex=entry.ifindex)
         if link is not None and link.ours:
             delete_link(pod.route, link.ifindex)
-        unsilence(pod.netfilter, entry.ifindex)
     held.remove(entry.ifname)
 
 
-def detach_wherever(entry: Entry, *, held: Held, netns: int | None = None) -> None:
-    """Unmake the attachment in `netns`, if it was made there, else where its entry says."""
-    with ExitStack() as closing:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
-            netns = closing.enter_context(opened_netns(entry.netns))
+def detach_wherever(entry: Entry, *, held: Held) -> None:
+    """Unmake the attachment in the namespace in which its entry says that it was made."""
+    with opened_netns(entry.netns) as netns:
         if netns is None or netns_inode(netns) != entry.netns_inode:
             detach(entry, held=held, pod=None)
-        else:
-            detach(entry, held=held, pod=closing.enter_context(enter_pod(netns)))
+            return
+        with enter_pod(netns) as pod:
+            detach(entry, held=held, pod=pod)
+            unsilence_absent(pod.route)
 
 
 def detach_unrecorded(container_id: str, cni_ifname: str, mac: str, *, pod: Pod) -> None:
     """Unmake what the kernel has of an attachment that the ledger does not know.
 
     The link says by its alias whose it is; one that was never UP has none yet, and is known by the
-    MAC that prevResult gave (`mac`, may be empty) or by its name. Rules whose link is gone go too.
+    MAC that prevResult gave (`mac`, may be empty) or by its name.
     """
+    whose = alias_of(container_id, cni_ifname)
     for link in list_links(pod.route):
-        if not link.ours:
-            continue
-        whose = alias_of(container_id, cni_ifname)
-        if link.alias == whose or (not link.alias and (link.mac == mac or link.name == cni_ifname)):
+        nameless = not link.alias and (link.mac == mac or link.name == cni_ifname)
+        if link.ours and (link.alias == whose or nameless):
             delete_link(pod.route, link.ifindex)
-            unsilence(pod.netfilter, link.ifindex)
-    present = {link.ifindex for link in list_links(pod.route)}
-    for ifindex in silenced_ifindexes(pod.netfilter):
-        if ifindex not in present:
-            unsilence(pod.netfilter, ifindex)
 
 
 def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
@@ -186,7 +182,7 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
             "no address",
             "an address" if has_address(pod.route, link.ifindex) else "no address",
         ),
-        ("silence", "", unsilenced_by(pod.netfilter, link.ifindex, link.name)),
+        ("silence", "", unsilenced_by(link.ifindex, link.name)),
     ]
     return [
         f"{entry.ifname}: {what} is {found!r}, ADD made it {made!r}"

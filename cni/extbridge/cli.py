@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from extbridge.spec.errors import CniError
+from extbridge.spec.skel import translate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,15 +77,12 @@ def demo() -> None:
 
 
 def main() -> None:
-    """The executable `extbridge`: domain errors become one line and its hint, exit status 1."""
+    """The executable `extbridge`: an error becomes one line and its hint, exit status 1."""
     try:
         cli()
-    except CniError as error:
+    except (CniError, OSError) as failure:
+        error = translate(failure)
         click.echo(f"extbridge: {error.message}", err=True)
         if error.hint:
             click.echo(f"  hint: {error.hint}", err=True)
-        sys.exit(1)
-    except PermissionError as error:
-        click.echo(f"extbridge: {error}", err=True)
-        click.echo("  hint: run it as root", err=True)
         sys.exit(1)

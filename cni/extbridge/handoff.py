@@ -46,7 +46,7 @@ def take_taps(
     has no such NIC, TapHeld if a living process has it, WrongTap if the node is another's.
     """
     with inside(netns), Netlink(NETLINK_ROUTE) as route:
-        links = [link for link in list_links(route) if link.ours]
+        links = sorted((it for it in list_links(route) if it.ours), key=lambda link: link.name)
     missing = sorted(set(ifnames) - {link.name for link in links})
     if missing or not links:
         present = ", ".join(link.name for link in links) or "none"
@@ -58,10 +58,13 @@ def take_taps(
         )
     with device_nodes() as nodes, ExitStack() as closing:
         taps = []
-        for link in sorted(links, key=lambda link: link.name):
+        for link in links:
             if ifnames and link.name not in ifnames:
                 continue
-            with ledger.hold(container_of(link)) as held:
+            container_id = container_of(link)
+            if not container_id:
+                raise _unknown(link)
+            with ledger.hold(container_id) as held:
                 entry = _free_entry(link, held, holder)
                 fds = open_tap(nodes, link, entry.mac)
                 closing.callback(_close, fds)
@@ -84,16 +87,20 @@ def take_taps(
 def _free_entry(link: Link, held: Held, holder: Holder) -> Entry:
     entry = next((it for it in held.entries() if it.done and it.ifindex == link.ifindex), None)
     if entry is None:
-        raise UnknownContainer(
-            f"the ledger does not know {link.name} (ifindex {link.ifindex})",
-            "without it nobody can tell who holds the tap; delete the pod and create it again",
-        )
+        raise _unknown(link)
     if entry.holder is not None and entry.holder != holder and entry.holder.alive():
         raise TapHeld(
             f"the tap of {link.name} is held by process {entry.holder.pid}",
             "a tap has one holder; end that process first",
         )
     return entry
+
+
+def _unknown(link: Link) -> UnknownContainer:
+    return UnknownContainer(
+        f"the ledger does not know {link.name} (ifindex {link.ifindex})",
+        "without it nobody can tell who holds the tap; delete the pod and create it again",
+    )
 
 
 def _close(fds: list[int]) -> None:

@@ -48,8 +48,12 @@ class Holder:
             status = Path("/proc", str(pid), "stat").read_text(errors="replace")
         except FileNotFoundError as error:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} is gone") from error
-        # Field 22; field 2, the command, may itself hold spaces and brackets (man 5 proc).
-        return cls(pid, int(status.rpartition(")")[2].split()[19]))
+        # From field 3 on; field 2, the command, may itself hold spaces and brackets (man 5 proc).
+        fields = status.rpartition(")")[2].split()
+        state, threads, started = fields[0], int(fields[17]), int(fields[19])
+        if state in "ZX" and threads <= 1:
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
+        return cls(pid, started)
 
     def alive(self) -> bool:
         """Whether the process still lives, and is not another with its number."""
@@ -91,6 +95,13 @@ class Held:
     def entries(self) -> list[Entry]:
         """The container's attachments; a file that cannot be understood is none."""
         return _entries(self._folder)
+
+    def sweep(self) -> None:
+        """Remove the files that cannot be understood: nothing else would ever."""
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if _read(path) is None:
+                with _our_failure(f"the ledger entry {path} could not be removed"):
+                    path.unlink(missing_ok=True)
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
@@ -180,12 +191,16 @@ def _sweep_drafts(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> list[Entry]:
-    found = []
     with suppress(FileNotFoundError, NotADirectoryError):
-        for path in sorted(folder.glob(f"*{_SUFFIX}")):
-            with suppress(FileNotFoundError, ValueError, TypeError, InvalidNetworkConfig):
-                found.append(_parse(json.loads(path.read_text())))
-    return found
+        read = [_read(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
+        return [entry for entry in read if entry is not None]
+    return []
+
+
+def _read(path: Path) -> Entry | None:
+    with suppress(FileNotFoundError, ValueError, TypeError, RecursionError, InvalidNetworkConfig):
+        return _parse(json.loads(path.read_text()))
+    return None
 
 
 def _parse(stored: object) -> Entry:

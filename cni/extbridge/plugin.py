@@ -24,9 +24,16 @@ from extbridge.attachment import (
 from extbridge.kernel.links import Link, find_link, list_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import is_netns, is_own, netns_inode, opened_netns
+from extbridge.kernel.silence import unsilence_absent
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Network
-from extbridge.network.wanted import WantedNic, configured_network, wanted_nics
+from extbridge.network.wanted import (
+    WantedNic,
+    configured_network,
+    count_nics,
+    refuse_unknown_keys,
+    wanted_nics,
+)
 from extbridge.spec import fields, skel
 from extbridge.spec.errors import (
     AttachmentDiffers,
@@ -76,6 +83,7 @@ def cmd_add(request: Request, ledger: Ledger) -> Mapping[str, object]:
                 pod=pod,
                 former_ifname=former.get(nic.network.name, ""),
             )
+            undo.callback(unsilence_absent, pod.route)
             undo.callback(detach, entry, held=held, pod=pod)
             add_interface(
                 result, name=entry.ifname, mac=entry.mac, sandbox=request.netns, mtu=entry.mtu
@@ -91,16 +99,22 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
     """
     with ExitStack() as closing:
         netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
+        pod = None if netns is None else closing.enter_context(enter_pod(netns))
         if ledger.knows(request.container_id):
             held = closing.enter_context(ledger.hold(request.container_id))
             for entry in held.entries():
-                if entry.cni_ifname == request.ifname:
-                    detach_wherever(entry, held=held, netns=netns)
-        if netns is not None:
+                if entry.cni_ifname != request.ifname:
+                    continue
+                if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
+                    detach(entry, held=held, pod=pod)
+                else:
+                    detach_wherever(entry, held=held)
+            held.sweep()
+        if pod is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
             mac = fields.get_str(before, "mac") or ""
-            with enter_pod(netns) as pod:
-                detach_unrecorded(request.container_id, request.ifname, mac.lower(), pod=pod)
+            detach_unrecorded(request.container_id, request.ifname, mac.lower(), pod=pod)
+            unsilence_absent(pod.route)
 
 
 def cmd_check(request: Request, ledger: Ledger) -> None:
@@ -109,13 +123,15 @@ def cmd_check(request: Request, ledger: Ledger) -> None:
         raise InvalidNetworkConfig(
             "CHECK came without prevResult", "the runtime has to give the result of ADD"
         )
-    wanted = wanted_nics(request)
     entries = [
         entry for entry in ledger.of(request.container_id) if entry.cni_ifname == request.ifname
     ]
-    if len(entries) < len(wanted):
+    # Behind a plugin that made CNI_IFNAME, ours has another name.
+    is_chained = all(entry.ifname != request.ifname for entry in entries)
+    asked = count_nics(request, is_chained=is_chained)
+    if len(entries) < asked:
         raise UnknownContainer(
-            f"the ledger has {len(entries)} of the {len(wanted)} NICs of container"
+            f"the ledger has {len(entries)} of the {asked} NICs of container"
             f" {request.container_id} that were asked for by {request.ifname}",
             "delete the pod and create it again",
         )
@@ -158,6 +174,7 @@ def cmd_gc(request: Request, ledger: Ledger) -> None:
 
 def cmd_status(request: Request) -> None:
     """Whether an ADD can succeed: the NIC is there, and has carrier (SPEC section 2, "STATUS")."""
+    refuse_unknown_keys(request.config)
     network = configured_network(request.config)
     if network is None:
         return
@@ -235,6 +252,7 @@ def _former_names(request: Request, held: Held, pod: Pod) -> dict[str, str]:
                 "delete it first (DEL)",
             )
         detach(entry, held=held, pod=pod)
+        unsilence_absent(pod.route)
         former[entry.definition] = entry.ifname
     return former
 

@@ -16,7 +16,7 @@ EXPERIMENTAL: Final = 0x88B5
 """The ethertype that IEEE 802 leaves to experiments: no IP stack looks at it."""
 
 
-def network_config(nic: Nic, mode: str = "vepa", **keys: object) -> dict[str, object]:
+def network_config(nic: Nic, mode: str = "vepa", /, **keys: object) -> dict[str, object]:
     """The configuration of `vepanet` on the NIC; `keys` are further ones, or take others' place."""
     return {
         "cniVersion": "1.1.0",
@@ -32,6 +32,11 @@ def show_link(name: str, netns: str = "") -> dict[str, Any]:
     link: dict[str, Any]
     [link] = json.loads(run("ip", "-json", "-details", "link", "show", "dev", name, netns=netns))
     return link
+
+
+def link_names(netns: str = "") -> set[str]:
+    """The names of all links, on the node or in the namespace at the path."""
+    return {link["ifname"] for link in json.loads(run("ip", "-json", "link", netns=netns))}
 
 
 def macvtaps(netns: str) -> list[str]:
@@ -56,6 +61,13 @@ def ledger_of(run_dir: Path) -> list[str]:
 def leftovers(pod: str, run_dir: Path) -> list[str]:
     """What there is of attachments in the pod and in the ledger."""
     return [*macvtaps(pod), *tables(pod), *ledger_of(run_dir)]
+
+
+def picture(run_dir: Path, *pods: str) -> list[object]:
+    """All that a request could change, on the node, in the pods and in the ledger."""
+    links = [run("ip", "-json", "-details", "link", netns=netns) for netns in ("", *pods)]
+    rules = [run("nft", "list", "ruleset", netns=pod) for pod in pods]
+    return [ledger_of(run_dir), *links, *rules]
 
 
 def make_macvtap(nic: Nic, name: str, netns: str, mac: str, *options: str) -> None:

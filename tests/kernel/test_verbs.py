@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
-from tests.kernel.observe import leftovers, make_macvtap
-from tests.support import Answer, Cni, ledger_of, link_names, network_config
+from tests.kernel.observe import ledger_of, leftovers, link_names, make_macvtap, network_config
+from tests.support import Answer, Cni
 
 VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
 INTRODUCED = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0", "DEL": "0.1.0"}
@@ -32,8 +32,8 @@ def test_add_answers_in_the_shape_of_the_version(
     cni: Cni, nic: Nic, pod: str, version: str
 ) -> None:
     """The result of ADD has what the asked version knows of an interface, and no more."""
-    config = network_config(nic.name, cniVersion=version, mac=MAC)
-    interface = {"name": "net1", "mac": MAC, "sandbox": pod}
+    config = network_config(nic, cniVersion=version, mac=MAC)
+    interface: dict[str, object] = {"name": "net1", "mac": MAC, "sandbox": pod}
     if version == "1.1.0":
         interface["mtu"] = 1500
     answer = cni("ADD", config, NETNS=pod)
@@ -56,7 +56,7 @@ def test_prev_result_passes_through(cni: Cni, nic: Nic, pod: str, version: str) 
         "dns": {"nameservers": ["10.1.0.1"], "search": [], "options": ["ndots:5"]},
         "example.com/ünknown": {"list": [1, 2.5, True, None, "✓", {}], "big": 1 << 60},
     }
-    config = network_config(nic.name, cniVersion=version, mac=MAC, prevResult=before)
+    config = network_config(nic, cniVersion=version, mac=MAC, prevResult=before)
     result = cni("ADD", config, NETNS=pod).result
     ours = result["interfaces"].pop()  # type: ignore[attr-defined]
     assert (ours["name"], ours["mac"], ours["sandbox"]) == ("net1", MAC, pod)
@@ -65,8 +65,8 @@ def test_prev_result_passes_through(cni: Cni, nic: Nic, pod: str, version: str) 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_version_has_the_verbs_it_introduced(cni: Cni, nic: Nic, pod: str, version: str) -> None:
-    """Each verb succeeds silently where its version has it, and is refused with code 1 elsewhere."""
-    config = network_config(nic.name, cniVersion=version)
+    """Each verb succeeds silently where its version has it, and is refused with code 1 before."""
+    config = network_config(nic, cniVersion=version)
     config["prevResult"] = cni("ADD", config, NETNS=pod).result
     for verb, introduced in INTRODUCED.items():
         variables = {"NETNS": pod} if verb in {"CHECK", "DEL"} else NO_ATTACHMENT
@@ -86,7 +86,7 @@ def test_version_that_needs_an_address_can_only_delete(
     cni: Cni, nic: Nic, pod: str, version: str | None
 ) -> None:
     """ADD is refused where its result could not be said, and DEL works there all the same."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     assert cni("ADD", config, NETNS=pod).status == 0
     config["cniVersion"] = version
     error = cni("ADD", config, NETNS=pod, CONTAINERID="container-2", IFNAME="net2").error
@@ -106,9 +106,9 @@ def test_version_is_answered_in_any_version(cni: Cni, version: str) -> None:
 
 def test_attachment_is_added_once(cni: Cni, nic: Nic, pod: str) -> None:
     """A second ADD of the same attachment is refused and leaves the first as it is."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     config["prevResult"] = cni("ADD", config, NETNS=pod).result
-    error = cni("ADD", network_config(nic.name), NETNS=pod).error
+    error = cni("ADD", network_config(nic), NETNS=pod).error
     assert error["code"] == 103
     assert "container-1" in str(error["msg"])
     assert cni("CHECK", config, NETNS=pod).status == 0
@@ -117,7 +117,7 @@ def test_attachment_is_added_once(cni: Cni, nic: Nic, pod: str) -> None:
 def test_gc_keeps_what_is_valid_and_what_is_not_its_own(cni: Cni, lab: Lab, nic: Nic) -> None:
     """GC removes what is not in the list, of its network only, and no link of somebody else."""
     pods = [lab.pod("one"), lab.pod("two")]
-    config = network_config(nic.name)
+    config = network_config(nic)
     for number, pod in enumerate(pods):
         for ifname in ("net1", "net2"):
             variables = {"CONTAINERID": f"c{number}", "NETNS": pod, "IFNAME": ifname}
@@ -150,7 +150,7 @@ def test_gc_tells_no_list_from_an_empty_one(
     cni: Cni, nic: Nic, pod: str, listed: dict[str, object], left: set[str]
 ) -> None:
     """Without a list nothing is known to be stale; an empty one says that everything is."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     assert cni("ADD", config, NETNS=pod).status == 0
     assert cni("GC", {**config, **listed}, **NO_ATTACHMENT).status == 0
     assert link_names(pod) == left
@@ -173,7 +173,7 @@ def test_gc_acts_on_no_list_that_it_does_not_understand(
     cni: Cni, nic: Nic, pod: str, listed: object
 ) -> None:
     """A malformed list is refused with code 7, and nothing is removed on its word."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     assert cni("ADD", config, NETNS=pod).status == 0
     error = cni("GC", {**config, "cni.dev/valid-attachments": listed}, **NO_ATTACHMENT).error
     assert error["code"] == 7
@@ -184,7 +184,7 @@ def test_gc_acts_on_no_list_that_it_does_not_understand(
 def test_gc_forgets_an_attachment_whose_namespace_is_gone(cni: Cni, lab: Lab, nic: Nic) -> None:
     """An attachment that went with its namespace loses its ledger entry too."""
     pod = lab.pod("vm")
-    config = network_config(nic.name)
+    config = network_config(nic)
     assert cni("ADD", config, NETNS=pod).status == 0
     run("ip", "netns", "delete", Path(pod).name)
     assert ledger_of(cni.run_dir) == ["container-1", "container-1/net1.json"]
@@ -195,13 +195,13 @@ def test_gc_forgets_an_attachment_whose_namespace_is_gone(cni: Cni, lab: Lab, ni
 
 def test_status_is_good_while_adds_succeed(cni: Cni, nic: Nic) -> None:
     """STATUS is silent while the network's NIC is there, up, and has carrier."""
-    answer = cni("STATUS", network_config(nic.name), **NO_ATTACHMENT)
+    answer = cni("STATUS", network_config(nic), **NO_ATTACHMENT)
     assert answer == SILENT
 
 
 def test_status_without_a_network_of_its_own_is_good(cni: Cni, nic: Nic) -> None:
     """In a node's main network list, where pods name the networks, STATUS holds up nobody."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     del config["extbridge"]
     assert cni("STATUS", config, **NO_ATTACHMENT).status == 0
 
@@ -216,13 +216,13 @@ def test_status_without_a_network_of_its_own_is_good(cni: Cni, nic: Nic) -> None
     ],
 )
 def test_status_says_why_no_add_would_succeed(
-    cni: Cni, lab: Lab, nic: Nic, spoil: str, code: int, told: str
+    cni: Cni, lab: Lab, nic: Nic, *, spoil: str, code: int, told: str
 ) -> None:
     """STATUS fails with 50 while the NIC cannot be used, and with 51 while it has no carrier."""
     names = {"nic": nic.name, "port": nic.port, "switch": Path(lab.switch).name}
     if spoil:
         run(*spoil.format(**names).split())
-    config = network_config(nic.name if spoil else "nope", mtu=1300)
+    config = network_config(nic, mtu=1300, extbridge={"dev": nic.name if spoil else "nope"})
     error = cni("STATUS", config, **NO_ATTACHMENT).error
     assert error["code"] == code
     assert str(error["msg"]).startswith("network vepanet: ")
@@ -237,7 +237,7 @@ def test_status_refuses_a_configuration_that_every_add_refuses(
     cni: Cni, nic: Nic, keys: dict[str, object]
 ) -> None:
     """What is wrong with the configuration itself shows before the first pod comes."""
-    assert cni("STATUS", network_config(nic.name, **keys), **NO_ATTACHMENT).error["code"] == 7
+    assert cni("STATUS", network_config(nic, **keys), **NO_ATTACHMENT).error["code"] == 7
 
 
 @pytest.mark.parametrize("spelling", ["inline", "json", "xml", "yaml"])
@@ -245,7 +245,7 @@ def test_executable_imports_no_more_than_it_needs(
     cni: Cni, nic: Nic, pod: str, tmp_path: Path, spelling: str
 ) -> None:
     """ADD pays for no library of another role, and for YAML and XML only where they are used."""
-    config = network_config(nic.name)
+    config = network_config(nic)
     if spelling != "inline":
         definition = {
             "json": json.dumps({"extbridge": config["extbridge"]}),

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from extbridge.network.wanted import (
     VmIdentity,
     WantedNic,
     configured_network,
+    count_nics,
     derived_or_given_mac,
     wanted_nics,
 )
@@ -246,12 +246,14 @@ def test_name_of_an_earlier_plugins_interface_is_taken() -> None:
         wanted_nics(chain({"name": "vepanet"}, second, prevResult={"interfaces": []}))
 
 
-def test_check_of_a_named_nic_finds_it_asked_for() -> None:
-    """CHECK's prevResult holds the NIC under the name that was asked for: no fault of the pod."""
-    made = [*CHAINED["interfaces"], {"name": "net1", "sandbox": "/run/netns/blue"}]
-    request = chain({"name": "vepanet", "interface": "net1"}, prevResult={"interfaces": made})
-    [wanted] = wanted_nics(replace(request, verb=Verb.CHECK))
-    assert wanted.network.name == "vepanet"
+def test_nics_of_an_attachment_are_counted_whatever_prev_result_holds() -> None:
+    """CHECK's prevResult holds our NICs too; how many there must be is the annotation's to say."""
+    made = {"interfaces": [*CHAINED["interfaces"], {"name": "net1", "sandbox": "/run/netns/blue"}]}
+    request = chain({"name": "blue", "interface": "net1"}, {"name": "vepanet"}, prevResult=made)
+    assert count_nics(request, is_chained=True) == 2
+    assert count_nics(request, is_chained=False) == 1
+    assert count_nics(chain(prevResult=made), is_chained=True) == 0
+    assert count_nics(ask({**INLINE, "prevResult": made}), is_chained=True) == 1
 
 
 def test_annotation_may_give_the_configured_network_its_mac() -> None:

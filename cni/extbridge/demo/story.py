@@ -30,7 +30,7 @@ from rich.text import Text
 
 from extbridge.demo.guest import Guest, GuestFailure, boot_files, guest_folder
 from extbridge.demo.lab import Frame, Lab, LabFailure, Nic, become_node, receive, run
-from extbridge.kernel.taps import device_nodes
+from extbridge.kernel.taps import device_nodes, has_node
 from extbridge.ledger import RUN_VARIABLE
 
 # The pods, and the guests in them, at addresses that are nobody's (TEST-NET-1, RFC 5737).
@@ -97,6 +97,9 @@ def tell() -> int:
     try:
         _demand_what_it_needs()
         become_node()
+    except PermissionError as failure:
+        _complain(f"{failure.strerror}: run it as root with all capabilities")
+        return 2
     except (DemoFailure, GuestFailure, LabFailure, OSError) as failure:
         _complain(str(failure))
         return 2
@@ -109,7 +112,7 @@ def tell() -> int:
     except KeyboardInterrupt:
         _complain("interrupted; nothing is left of it")
         return 130
-    except (DemoFailure, GuestFailure, LabFailure) as failure:
+    except (DemoFailure, GuestFailure, LabFailure, OSError) as failure:
         _complain(str(failure))
         return 1
     return _judge(console, claims)
@@ -137,7 +140,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG00
 
 def _play(console: Console, folder: Path) -> list[Claim]:
     with ExitStack() as stack:
-        with _step(console, "a NIC, a switch with reflective relay, the pods a and b"):
+        with _step(console, "make a NIC, a switch with reflective relay, and the pods a and b"):
             lab = stack.enter_context(Lab())
             scene = _Scene(
                 console=console,
@@ -150,28 +153,28 @@ def _play(console: Console, folder: Path) -> list[Claim]:
         vepa = _attach(scene, "vepa")
         there = _traces(scene, vepa)
         with _booted(scene) as guest:
-            reflected = _ping(scene, guest, "with reflective relay")
+            reflected = _ping(scene, guest, "reflective relay on")
             lab.set_reflective(scene.nic, on=False)
-            unreflected = _ping(scene, guest, "without reflective relay")
+            unreflected = _ping(scene, guest, "reflective relay off")
         _detach(scene, "vepa")
         bridge = _attach(scene, "bridge")
         with _booted(scene) as guest:
-            bridged = _ping(scene, guest, "without reflective relay")
+            bridged = _ping(scene, guest, "reflective relay off")
         _detach(scene, "bridge")
         left = _traces(scene, vepa + bridge)
         [link] = _list_links("", besides=("lo",))
         frames = 2 * _PINGS
         return [
             Claim("vepa: a pings b", "0% lost", reflected.lost, reflected.rtt),
-            Claim("- frames at the switch", f"{frames} in, {frames} back", reflected.at_switch),
-            Claim("vepa without reflective relay: a pings b", "100% lost", unreflected.lost),
-            Claim("bridge without it: a pings b", "0% lost", bridged.lost, bridged.rtt),
-            Claim("- frames at the switch", "0 in, 0 back", bridged.at_switch),
+            Claim("  frames at the switch", f"{frames} in, {frames} back", reflected.at_switch),
+            Claim("vepa, relay off: a pings b", "100% lost", unreflected.lost),
+            Claim("bridge, relay off: a pings b", "0% lost", bridged.lost, bridged.rtt),
+            Claim("  frames at the switch", "0 in, 0 back", bridged.at_switch),
             *(
-                Claim(f"{what}: after ADD, after DEL", "2, 0", f"{there[what]}, {left[what]}")
+                Claim(f"after ADD, DEL: {what}", "2, 0", f"{there[what]}, {left[what]}")
                 for what in there
             ),
-            Claim("MAC of the NIC: as before", scene.nic.mac, link["address"]),
+            Claim("after DEL: MAC of the NIC", scene.nic.mac, link["address"]),
         ]
 
 
@@ -260,7 +263,7 @@ def _booted(scene: _Scene) -> Iterator[Guest]:
 def _ping(scene: _Scene, guest: Guest, how: str) -> _Ping:
     command = f"ping -c {_PINGS} -i 0.2 -W 1 {_ADDRESSES['b']}"
     with scene.lab.packets(scene.lab.switch, scene.nic.port) as port:
-        with _step(scene.console, f"ping {how}"):
+        with _step(scene.console, f"ping, {how}"):
             said = guest.run(command).output
         frames = [frame for frame in receive(port, seconds=0.1) if _is_icmp(frame)]
     _show(scene, f"{guest.name} # {command}")
@@ -270,7 +273,7 @@ def _ping(scene: _Scene, guest: Guest, how: str) -> _Ping:
     lost = re.search(r"\d+% packet loss", said)
     rtt = re.search(r"= [\d.]+/([\d.]+)/", said)
     return _Ping(
-        lost=lost[0].replace("packet loss", "lost") if lost else "nothing",
+        lost=lost[0].replace("packet loss", "lost") if lost else "ping does not say",
         rtt=f"{float(rtt[1]):.1f} ms" if rtt else "",
         at_switch=f"{sum(not frame.sent for frame in frames)} in,"
         f" {sum(frame.sent for frame in frames)} back",
@@ -285,14 +288,14 @@ def _traces(scene: _Scene, ifindexes: list[int]) -> dict[str, int]:
     """How many there are of all that attachments are made of, on the node and in the pods."""
     namespaces = ("", *scene.pods.values())
     with device_nodes() as nodes:
-        taps = [ifindex for ifindex in ifindexes if f"tap{ifindex}" in os.listdir(nodes)]
+        taps = sum(has_node(ifindex, nodes) for ifindex in ifindexes)
     return {
         "links": sum(len(_list_links(it, besides=("lo", scene.nic.name))) for it in namespaces),
-        "nftables": sum(
+        "nftables tables": sum(
             len(run("nft", "list", "tables", netns=it).splitlines()) for it in namespaces
         ),
         "ledger entries": sum(path.is_file() for path in scene.run_dir.rglob("*")),
-        "/dev/tap nodes": len(taps),
+        "/dev/tap nodes": taps,
     }
 
 

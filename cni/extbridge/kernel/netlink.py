@@ -117,6 +117,10 @@ class Netlink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket."""
         self._socket.close()
 
     def request(self, kind: int, payload: bytes, *, flags: int = 0, what: str) -> list[bytes]:

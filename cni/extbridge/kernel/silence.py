@@ -19,13 +19,21 @@ Formats: linux/netfilter/nf_tables.h.
 
 from __future__ import annotations
 
-import errno
 import struct
+import threading
 from pathlib import Path
 from typing import Final
 
 from extbridge.kernel import netlink
-from extbridge.kernel.netlink import Netlink, as_text, attribute, attributes, text
+from extbridge.kernel.links import list_links
+from extbridge.kernel.netlink import (
+    NETLINK_NETFILTER,
+    Netlink,
+    as_text,
+    attribute,
+    attributes,
+    text,
+)
 
 _NFNL_BATCH_BEGIN = 0x10
 _NFNL_BATCH_END = 0x11
@@ -90,7 +98,7 @@ _CHAINS: Final = (
 _TABLE_PREFIX = "extbridge_"
 
 
-def silence(netfilter: Netlink, ifindex: int, name: str) -> None:
+def silence(ifindex: int, name: str) -> None:
     """Silence the link, which is still DOWN and NOARP; the thread stands in its namespace."""
     _ipv6_setting(name, "disable_ipv6").write_bytes(b"1")
     _ipv6_setting(name, "addr_gen_mode").write_bytes(b"%d" % _IN6_ADDR_GEN_MODE_NONE)
@@ -119,23 +127,34 @@ def silence(netfilter: Netlink, ifindex: int, name: str) -> None:
                 netlink.NLM_F_CREATE | netlink.NLM_F_APPEND,
             )
         )
-    netfilter.transaction(_BEGIN, messages, _END, what=f"nftables table {_table(ifindex)}")
+    with Netlink(NETLINK_NETFILTER) as netfilter:
+        netfilter.transaction(_BEGIN, messages, _END, what=f"nftables table {_table(ifindex)}")
 
 
-def unsilence(netfilter: Netlink, ifindex: int) -> None:
-    """Remove the link's rules, if they are there; after the link itself, or it would be heard."""
-    deletion = _inet(_NFT_DELTABLE, text(_NFTA_TABLE_NAME, _table(ifindex)), 0)
+def unsilence_absent(route: Netlink) -> None:
+    """Remove the rules whose link is gone; the thread stands in the namespace of `route`.
+
+    After the link, not before: a link that is UP and not silenced would be heard until it has gone.
+    """
+    netfilter = Netlink(NETLINK_NETFILTER)
     try:
-        netfilter.transaction(
-            _BEGIN, [deletion], _END, what=f"removal of nftables table {_table(ifindex)}"
-        )
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise
+        # In this order: a link that an ADD has just made is there before its rules are.
+        silenced = _silenced_ifindexes(netfilter)
+        present = {link.ifindex for link in list_links(route)} if silenced else set()
+        deletions = [
+            _inet(_NFT_DELTABLE, text(_NFTA_TABLE_NAME, _table(ifindex)), 0)
+            for ifindex in silenced
+            if ifindex not in present
+        ]
+        if deletions:
+            netfilter.transaction(_BEGIN, deletions, _END, what="removal of nftables tables")
+    finally:
+        # To close it is to wait for the RCU grace period after which the kernel frees the table
+        # (nft_rcv_nl_event), 10 ms for which nobody else has to wait.
+        threading.Thread(target=netfilter.close, name="netfilter close").start()
 
 
-def silenced_ifindexes(netfilter: Netlink) -> list[int]:
-    """The ifindexes for which the namespace holds rules of ours."""
+def _silenced_ifindexes(netfilter: Netlink) -> list[int]:
     answers = netfilter.request(
         _NFT_GETTABLE,
         _NFGENMSG.pack(_NFPROTO_INET, 0, 0),
@@ -150,7 +169,7 @@ def silenced_ifindexes(netfilter: Netlink) -> list[int]:
     ]
 
 
-def unsilenced_by(netfilter: Netlink, ifindex: int, name: str) -> str:
+def unsilenced_by(ifindex: int, name: str) -> str:
     """What of the silence is missing, in words; empty when it is whole.
 
     NOARP and addresses are the link's, see links; the thread stands in the namespace.
@@ -158,17 +177,13 @@ def unsilenced_by(netfilter: Netlink, ifindex: int, name: str) -> str:
     if _ipv6_setting(name, "disable_ipv6").read_bytes().strip() != b"1":
         return f"IPv6 is enabled on {name}"
     table = _table(ifindex)
-    try:
+    with Netlink(NETLINK_NETFILTER) as netfilter:
         answers = netfilter.request(
             _NFT_GETRULE,
             _NFGENMSG.pack(_NFPROTO_INET, 0, 0) + text(_NFTA_RULE_TABLE, table),
             flags=netlink.NLM_F_DUMP,
             what=f"nftables rules of table {table}",
         )
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        answers = []
     rules: dict[str, list[bytes]] = {}
     for answer in answers:
         rule = attributes(answer[_NFGENMSG.size :])

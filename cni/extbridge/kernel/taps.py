@@ -8,6 +8,7 @@ an ifindex that no node bears yet, and every fd is asked whose it is before it i
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -101,12 +102,16 @@ def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
 
 def open_vhost(nodes: int, queues: int) -> list[int]:
     """One vhost-net fd a queue, or none where the node has no vhost-net; the caller owns them."""
-    if not _exists(_VHOST_NET, nodes):
-        return []
     with ExitStack() as stack:
         fds = []
         for _ in range(queues):
-            fd = os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC, dir_fd=nodes)
+            try:
+                fd = os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC, dir_fd=nodes)
+            except OSError as error:
+                # ENODEV: a node without a driver, which udev makes so that opening loads it.
+                if error.errno in (errno.ENOENT, errno.ENODEV):
+                    return []
+                raise
             stack.callback(os.close, fd)
             fds.append(fd)
         stack.pop_all()

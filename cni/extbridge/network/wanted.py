@@ -39,7 +39,7 @@ from extbridge.spec.fields import (
     get_str,
     refuse_unknown,
 )
-from extbridge.spec.request import Request, Verb
+from extbridge.spec.request import Request
 from extbridge.spec.result import prev_interface
 
 POD_ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
@@ -92,15 +92,14 @@ class WantedNic:
 def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
     """The NICs that an ADD asks for; none where a chained pod's annotation asks for none.
 
-    Of a CHECK their number and networks hold; the names are ADD's to choose, and its prevResult
-    already has them. Raises InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken
-    and IoFailure.
+    Of ADD only: the prevResult of other verbs already holds what ADD made. Raises
+    InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken and IoFailure.
     """
     config = request.config
-    _refuse_unknown_keys(config)
+    refuse_unknown_keys(config)
     runtime = get_object(config, "runtimeConfig") or {}
-    annotations = get_object(runtime, POD_ANNOTATIONS, where="runtimeConfig") or {}
-    asked = parse_networks_annotation(get_str(annotations, NETWORKS_ANNOTATION) or "")
+    annotations = _get_annotations(config)
+    asked = _parse_asked(annotations)
     if _declares_annotations(config) and request.prev_result is not None:
         networks = [_find_network(config, nic.name) for nic in asked]
     else:
@@ -122,6 +121,24 @@ def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
         WantedNic(network, ifname, mac, vm)
         for network, ifname, mac in zip(networks, ifnames, macs, strict=True)
     )
+
+
+def count_nics(request: Request, *, is_chained: bool) -> int:
+    """How many NICs ADD made for this attachment, behind another plugin or not.
+
+    For CHECK, whose prevResult does not tell: it holds ours as it holds the others'. Raises
+    InvalidNetworkConfig.
+    """
+    if not is_chained or not _declares_annotations(request.config):
+        return 1
+    return len(_parse_asked(_get_annotations(request.config)))
+
+
+def refuse_unknown_keys(config: JsonObject) -> None:
+    """Raise InvalidNetworkConfig for a key that neither CNI nor a network's definition has."""
+    # SPEC 1.1.0 section 1 keeps every key that begins so for itself.
+    ours = {key: value for key, value in config.items() if not key.startswith("cni.dev/")}
+    refuse_unknown(ours, _CONFIG_KEYS)
 
 
 def configured_network(config: JsonObject) -> Network | None:
@@ -162,10 +179,13 @@ def derived_or_given_mac(wanted: WantedNic, ifname: str) -> str:
     )
 
 
-def _refuse_unknown_keys(config: JsonObject) -> None:
-    # SPEC 1.1.0 section 1 keeps every key that begins so for itself.
-    ours = {key: value for key, value in config.items() if not key.startswith("cni.dev/")}
-    refuse_unknown(ours, _CONFIG_KEYS)
+def _get_annotations(config: JsonObject) -> JsonObject:
+    runtime = get_object(config, "runtimeConfig") or {}
+    return get_object(runtime, POD_ANNOTATIONS, where="runtimeConfig") or {}
+
+
+def _parse_asked(annotations: JsonObject) -> tuple[AskedNic, ...]:
+    return parse_networks_annotation(get_str(annotations, NETWORKS_ANNOTATION) or "")
 
 
 def _declares_annotations(config: JsonObject) -> bool:
@@ -237,9 +257,7 @@ def _choose_ifnames(request: Request, asked: Sequence[AskedNic]) -> list[str | N
             )
         ifnames[0] = request.ifname
     for index, ifname in enumerate(ifnames):
-        if ifname is None or request.verb is not Verb.ADD:
-            continue
-        if _is_taken(request, ifname) or ifname in ifnames[:index]:
+        if ifname is not None and (_is_taken(request, ifname) or ifname in ifnames[:index]):
             raise NameTaken(
                 f"the interface name {ifname} is taken",
                 f"ask for another in {NETWORKS_ANNOTATION}",

@@ -1,0 +1,250 @@
+"""ADD makes all or nothing, whichever system call fails or is its last; so does DEL (promise 7).
+
+strace makes the calls of the real executable fail, or kills it as it enters them: all that it makes
+from the moment when it first speaks to the kernel, one in each run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+from extbridge.demo.lab import Lab, Nic
+from tests.kernel.observe import leftovers, macvtaps, network_config, show_link
+from tests.support import Answer, Cni, require
+
+# Calls by which anything changes outside of the process; to be killed between two others is to be
+# killed before the next of these.
+CHANGING = ("mkdir", "openat", "write", "rename", "unlink", "rmdir", "sendto", "setns")
+
+CALLS = (*CHANGING, "socket", "bind", "setsockopt", "recvfrom", "flock", "fsopen", "fsconfig",
+         "fsmount", "ioctl", "newfstatat", "getdents64")  # fmt: skip
+
+MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
+
+# The machine has few cores, and most of each run is spent starting Python.
+WORKERS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A system call of a run: the `number`-th of its name; `shown` is strace's line for it."""
+
+    name: str
+    number: int
+    shown: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A pod, a NIC and a ledger in which one attempt after another is made."""
+
+    nic: Nic
+    pod: str
+    cni: Cni
+    config: Mapping[str, object]
+    macs: tuple[str, ...]
+
+    def attempt(self, verb: str) -> Answer:
+        """Run the verb undisturbed."""
+        return self.cni(verb, self.config, NETNS=self.pod)
+
+    def assert_clean(self) -> None:
+        """All is as it was before the first attempt: pod, ledger, and the NIC's own MAC."""
+        assert leftovers(self.pod, self.cni.run_dir) == []
+        assert show_link(self.nic.name)["address"] == self.nic.mac
+
+    def assert_whole(self) -> None:
+        """Every NIC is there and has its MAC."""
+        made = [show_link(name, self.pod)["address"] for name in sorted(macvtaps(self.pod))]
+        assert made == list(self.macs)
+
+
+@pytest.fixture(params=["vepa", "passthru", "chained"])
+def places(
+    request: pytest.FixtureRequest,
+    lab: Lab,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[Place]:
+    """Places for runs side by side: one NIC that keeps its MAC, one that does not, a pod with two."""
+    require("strace")
+    require("nft")
+    # So that each run makes the same calls.
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    found = []
+    for number in range(WORKERS):
+        nic = lab.nic()
+        macs, config = MACS[:1], network_config(nic, request.param, mac=MACS[0])
+        if request.param == "chained":
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            macs, config = MACS, two_nics(nic, folder)
+        found.append(Place(nic, lab.pod(f"vm{number}"), Cni(run_dir / str(number)), config, macs))
+    return found
+
+
+def test_add_that_fails_leaves_nothing(places: list[Place], tmp_path: Path) -> None:
+    """Each call that ADD makes fails once; then links, rules, ledger and the NIC are as before."""
+
+    def fail(place: Place, call: Call) -> None:
+        answer, injected = disturbed(place, "ADD", call, "error=EIO", tmp_path)
+        assert injected
+        if answer.status == 0:
+            # Something that it can do without.
+            place.assert_whole()
+            assert place.attempt("DEL").status == 0
+        elif answer.status > 0:
+            assert answer.error["code"] in {5, 7, 101, 102}
+        else:
+            # The one failure that ends the process is that of the way back from the pod.
+            assert call.name in {"setns"}
+            assert place.attempt("DEL").status == 0
+        place.assert_clean()
+
+    # An answer that nobody can be given is the runtime's to follow with DEL.
+    calls = [it for it in recorded(places[0], "ADD", tmp_path) if "write(1," not in it.shown]
+    assert len(calls) > 60
+    side_by_side(fail, places, calls)
+
+
+def test_add_whose_rollback_fails_too(places: list[Place], tmp_path: Path) -> None:
+    """Where the kernel refuses from one message on, also what would undo it, DEL cleans up."""
+
+    def fail(place: Place, call: Call) -> None:
+        _, injected = disturbed(place, "ADD", call, "error=EIO", tmp_path, "+")
+        assert injected
+        assert place.attempt("DEL").status == 0
+        place.assert_clean()
+
+    calls = [it for it in recorded(places[0], "ADD", tmp_path) if it.name == "sendto"]
+    assert len(calls) > 3
+    side_by_side(fail, places, calls)
+
+
+def test_add_that_is_killed(places: list[Place], tmp_path: Path) -> None:
+    """After kill -9 at any point, DEL leaves nothing, and a retried ADD makes all of it."""
+
+    def kill(place: Place, call: Call) -> None:
+        for retry in (False, True):
+            answer, _ = disturbed(place, "ADD", call, "signal=SIGKILL", tmp_path)
+            assert answer.status == -9
+            if retry:
+                again = place.attempt("ADD")
+                # One that was made and only not told of is there: for the runtime to delete.
+                assert again.status == 0 or again.error["code"] == 103
+                assert again.status == 0 or was_done(call)
+                place.assert_whole()
+            assert place.attempt("DEL").status == 0
+            place.assert_clean()
+
+    calls = recorded(places[0], "ADD", tmp_path)
+    done = max(n for n, call in enumerate(calls) if call.name == "rename")
+
+    def was_done(call: Call) -> bool:
+        return calls.index(call) > done
+
+    calls = [call for call in calls if call.name in CHANGING]
+    assert len(calls) > 20
+    side_by_side(kill, places, calls)
+
+
+def test_del_that_is_killed(places: list[Place], tmp_path: Path) -> None:
+    """After kill -9 at any point of DEL, the next DEL finishes the work."""
+
+    def kill(place: Place, call: Call) -> None:
+        assert place.attempt("ADD").status == 0
+        answer, _ = disturbed(place, "DEL", call, "signal=SIGKILL", tmp_path)
+        assert answer.status == -9
+        assert place.attempt("DEL").status == 0
+        place.assert_clean()
+
+    assert places[0].attempt("ADD").status == 0
+    calls = [it for it in recorded(places[0], "DEL", tmp_path) if it.name in CHANGING]
+    assert len(calls) > 8
+    side_by_side(kill, places, calls)
+
+
+def two_nics(nic: Nic, folder: Path) -> dict[str, object]:
+    """A pod's main configuration, behind another plugin, whose annotation asks for two NICs."""
+    for name, mac in zip(("first", "second"), MACS, strict=True):
+        definition = {"name": name, "mac": mac, "extbridge": {"dev": nic.name}}
+        (folder / f"{name}.json").write_text(json.dumps(definition))
+    annotations = {"extbridge.io/networks": "first, second"}
+    return {
+        "cniVersion": "1.1.0",
+        "name": "main",
+        "type": "extbridge",
+        "networksDir": str(folder),
+        "capabilities": {"io.kubernetes.cri.pod-annotations": True},
+        "runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotations},
+        "prevResult": {"cniVersion": "1.1.0", "interfaces": []},
+    }
+
+
+def recorded(place: Place, verb: str, folder: Path) -> list[Call]:
+    """The calls that the verb makes, undisturbed, from its first message to the kernel on."""
+    log = folder / "recorded"
+    options = ("-f", "--seccomp-bpf", "-o", str(log), "-e", f"trace={','.join(CALLS)}")
+    cni = replace(place.cni, wrapper=("strace", *options))
+    assert cni(verb, place.config, NETNS=place.pod).status == 0
+    if verb == "ADD":
+        assert place.attempt("DEL").status == 0
+    place.assert_clean()
+    counted: Counter[str] = Counter()
+    calls, begun = [], False
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\d+ +(\w+)\(", line):
+            name = found[1]
+            counted[name] += 1
+            begun |= "AF_NETLINK" in line
+            if begun:
+                calls.append(Call(name, counted[name], line))
+    return calls
+
+
+def disturbed(
+    place: Place, verb: str, call: Call, fault: str, folder: Path, which: str = ""
+) -> tuple[Answer, bool]:
+    """The verb's answer with a fault injected into the call, and whether it took place."""
+    log = folder / f"log-{place.cni.run_dir.name}"
+    inject = f"inject={call.name}:{fault}:when={call.number}{which}"
+    # Not with --seccomp-bpf, which is quicker: strace 6.1 loses injected signals with it.
+    options = ("-f", "-o", str(log), "-e", f"trace={call.name}", "-e", inject)
+    cni = replace(place.cni, wrapper=("strace", *options))
+    answer = cni(verb, place.config, NETNS=place.pod)
+    return answer, "(INJECTED)" in log.read_text(encoding="utf-8")
+
+
+def side_by_side(
+    work: Callable[[Place, Call], None], places: Iterable[Place], calls: Iterable[Call]
+) -> None:
+    """Do the work for every call, each in a place of its own; the failures name their calls."""
+    free: SimpleQueue[Place] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def do(call: Call) -> str:
+        place = free.get()
+        try:
+            work(place, call)
+        except AssertionError as failure:
+            place.attempt("DEL")
+            return f"{call.shown[:120]}: {failure}"
+        finally:
+            free.put(place)
+        return ""
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        failures = list(filter(None, pool.map(do, calls)))
+    assert not failures, "\n".join(failures)
