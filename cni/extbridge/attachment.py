@@ -106,8 +106,9 @@ def attach(
                     raise
                 tries -= 1
                 undo.close()
-        if entry.mode == Mode.PASSTHRU and entry.mac != lower.mac:
+        if entry.mode == Mode.PASSTHRU:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
+            # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
         silence(entry.ifindex, entry.ifname)
         try:

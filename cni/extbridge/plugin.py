@@ -71,7 +71,7 @@ def cmd_add(request: Request, ledger: Ledger) -> Mapping[str, object]:
         lowers = [_usable_nic(host, nic.network) for nic in nics]
         held = closing.enter_context(ledger.hold(request.container_id))
         pod = closing.enter_context(enter_pod(netns))
-        former = _former_names(request, held, pod)
+        former = _former_names(request, len(nics), held, pod)
         for nic, lower in zip(nics, lowers, strict=True):
             entry = attach(
                 nic,
@@ -235,26 +235,29 @@ def _draft(request: Request, nic: WantedNic, lower: Link, netns: int) -> Entry:
     )
 
 
-def _former_names(request: Request, held: Held, pod: Pod) -> dict[str, str]:
+def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[str, str]:
     """Clear what an earlier ADD of this attachment left; give the names it had, by network.
 
-    An intent is the trace of an ADD that was killed. A finished one whose link is gone lost it with
-    its NIC. One that is whole is an attachment that was asked for twice.
+    An intent, or fewer NICs than are `wanted`, is the trace of an ADD that was killed. A finished
+    entry whose link is gone lost it with its NIC. What is whole was asked for twice.
     """
-    former = {}
-    for entry in held.entries():
-        if entry.cni_ifname != request.ifname:
-            continue
-        if entry.done and find_link(pod.route, ifindex=entry.ifindex) is not None:
-            raise NameTaken(
-                f"container {request.container_id} has this attachment already:"
-                f" {entry.ifname}, ifindex {entry.ifindex}",
-                "delete it first (DEL)",
-            )
+    entries = [entry for entry in held.entries() if entry.cni_ifname == request.ifname]
+    whole = [
+        entry
+        for entry in entries
+        if entry.done and find_link(pod.route, ifindex=entry.ifindex) is not None
+    ]
+    if len(whole) >= wanted:
+        raise NameTaken(
+            f"container {request.container_id} has this attachment already:"
+            f" {', '.join(f'{entry.ifname}, ifindex {entry.ifindex}' for entry in whole)}",
+            "delete it first (DEL)",
+        )
+    for entry in entries:
         detach(entry, held=held, pod=pod)
+    if entries:
         unsilence_absent(pod.route)
-        former[entry.definition] = entry.ifname
-    return former
+    return {entry.definition: entry.ifname for entry in entries}
 
 
 @contextmanager

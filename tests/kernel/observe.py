@@ -15,6 +15,9 @@ from extbridge.demo.lab import Nic, run
 EXPERIMENTAL: Final = 0x88B5
 """The ethertype that IEEE 802 leaves to experiments: no IP stack looks at it."""
 
+_SETTLING: Final = frozenset({"flags", "operstate", "qdisc"})
+"""What the kernel still changes after a link is UP (linkwatch_do_dev)."""
+
 
 def network_config(nic: Nic, mode: str = "vepa", /, **keys: object) -> dict[str, object]:
     """The configuration of `vepanet` on the NIC; `keys` are further ones, or take others' place."""
@@ -65,7 +68,11 @@ def leftovers(pod: str, run_dir: Path) -> list[str]:
 
 def picture(run_dir: Path, *pods: str) -> list[object]:
     """All that a request could change, on the node, in the pods and in the ledger."""
-    links = [run("ip", "-json", "-details", "link", netns=netns) for netns in ("", *pods)]
+    links = [
+        {key: value for key, value in link.items() if key not in _SETTLING}
+        for netns in ("", *pods)
+        for link in json.loads(run("ip", "-json", "-details", "link", netns=netns))
+    ]
     rules = [run("nft", "list", "ruleset", netns=pod) for pod in pods]
     return [ledger_of(run_dir), *links, *rules]
 

@@ -1,4 +1,4 @@
-"""What ADD makes: a macvtap in the pod as the network's definition says, and nothing on the host."""
+"""What ADD makes: in the pod the macvtap that the network defines, and nothing on the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,7 +240,7 @@ def test_one_mac_may_be_on_two_nics(cni: Cni, lab: Lab, nic: Nic, pod: str) -> N
     assert [show_link(name, pod)["address"] for name in ("net1", "net2")] == [MAC, MAC]
 
 
-def _add_blue(cni: Cni, pod: str, folder: Path) -> dict[str, object]:
+def _add_blue(cni: Cni, pod: str, folder: Path) -> dict[str, Any]:
     config = {"cniVersion": "1.1.0", "name": "cluster", "type": "extbridge", "network": "blue"}
     assert cni("ADD", {**config, "networksDir": str(folder)}, NETNS=pod).status == 0
     return show_link("net1", pod)
@@ -253,7 +254,7 @@ def _new_links() -> Iterator[list[bytes]]:
         monitor.bind((0, RTMGRP_LINK))
         known = {name.encode() for _, name in socket.if_nameindex()}
         yield names
-        monitor.setblocking(False)
+        monitor.settimeout(0)
         while True:
             try:
                 told = monitor.recv(1 << 16)

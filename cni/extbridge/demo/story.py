@@ -318,7 +318,7 @@ def _show(scene: _Scene, line: str) -> None:
 
 
 def _judge(console: Console, claims: list[Claim]) -> int:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("claim", "expected", "measured", ""):
         table.add_column(heading)
     for claim in claims:

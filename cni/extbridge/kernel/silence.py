@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -100,8 +101,10 @@ _TABLE_PREFIX = "extbridge_"
 
 def silence(ifindex: int, name: str) -> None:
     """Silence the link, which is still DOWN and NOARP; the thread stands in its namespace."""
-    _ipv6_setting(name, "disable_ipv6").write_bytes(b"1")
-    _ipv6_setting(name, "addr_gen_mode").write_bytes(b"%d" % _IN6_ADDR_GEN_MODE_NONE)
+    # A link with less than IPv6's smallest MTU has none of these (addrconf_notify).
+    with suppress(FileNotFoundError):
+        _ipv6_setting(name, "disable_ipv6").write_bytes(b"1")
+        _ipv6_setting(name, "addr_gen_mode").write_bytes(b"%d" % _IN6_ADDR_GEN_MODE_NONE)
     table = text(_NFTA_TABLE_NAME, _table(ifindex))
     messages = [_inet(_NFT_NEWTABLE, table)]
     for chain, hook, key in _CHAINS:
@@ -174,8 +177,9 @@ def unsilenced_by(ifindex: int, name: str) -> str:
 
     NOARP and addresses are the link's, see links; the thread stands in the namespace.
     """
-    if _ipv6_setting(name, "disable_ipv6").read_bytes().strip() != b"1":
-        return f"IPv6 is enabled on {name}"
+    with suppress(FileNotFoundError):
+        if _ipv6_setting(name, "disable_ipv6").read_bytes().strip() != b"1":
+            return f"IPv6 is enabled on {name}"
     table = _table(ifindex)
     with Netlink(NETLINK_NETFILTER) as netfilter:
         answers = netfilter.request(
@@ -192,7 +196,8 @@ def unsilenced_by(ifindex: int, name: str) -> str:
                 rule.get(_NFTA_RULE_EXPRESSIONS, b"")
             )
     for chain, _, key in _CHAINS:
-        if _drop_if(key, ifindex) not in rules.get(chain, []):
+        # A rule of somebody else before it could accept.
+        if rules.get(chain) != [_drop_if(key, ifindex)]:
             return f"nftables table inet {table}, chain {chain}, does not drop"
     return ""
 
