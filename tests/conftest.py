@@ -20,6 +20,7 @@ import pytest
 
 from extbridge.demo.guest import Guest, guest_folder
 from extbridge.demo.lab import Lab, become_node
+from extbridge.kernel.taps import has_node
 from tests.support import Cni, missing, require
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -35,6 +36,8 @@ def node() -> None:
     if os.geteuid() != 0:
         pytest.exit("the tests make network namespaces: run them as root", returncode=2)
     become_node()
+    # The process keeps the nodes' folder open from its first use on.
+    has_node(0)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
 

@@ -27,7 +27,7 @@ from extbridge.kernel.links import (
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode, opened_netns
 from extbridge.kernel.silence import silence, unsilence_absent, unsilenced_by
-from extbridge.kernel.taps import device_nodes, unused_ifindex
+from extbridge.kernel.taps import unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.network.wanted import WantedNic, derived_or_given_mac
@@ -195,8 +195,7 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
 def _numbered(draft: Entry, wanted: WantedNic, former_ifname: str, pod: Pod) -> Entry:
     """The entry with all that depends on what the namespace and the node have already."""
     ifname = _free_name(wanted.ifname, former_ifname, pod.route)
-    with device_nodes() as nodes:
-        ifindex = unused_ifindex(nodes)
+    ifindex = unused_ifindex()
     mac = derived_or_given_mac(wanted, ifname)
     return replace(draft, ifname=ifname, ifindex=ifindex, mac=mac)
 

@@ -15,7 +15,7 @@ from extbridge.attachment import container_of
 from extbridge.kernel.links import Link, list_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside
-from extbridge.kernel.taps import device_nodes, open_tap, open_vhost
+from extbridge.kernel.taps import open_tap, open_vhost
 from extbridge.ledger import Entry, Held, Holder, Ledger
 from extbridge.spec.errors import TapHeld, UnknownContainer
 
@@ -56,7 +56,7 @@ def take_taps(
             else "the namespace has no NIC of extbridge",
             f"it has {present}; ADD makes them",
         )
-    with device_nodes() as nodes, ExitStack() as closing:
+    with ExitStack() as closing:
         taps = []
         for link in links:
             if ifnames and link.name not in ifnames:
@@ -66,9 +66,9 @@ def take_taps(
                 raise _unknown(link)
             with ledger.hold(container_id) as held:
                 entry = _free_entry(link, held, holder)
-                fds = open_tap(nodes, link, entry.mac)
+                fds = open_tap(link, entry.mac)
                 closing.callback(_close, fds)
-                vhost_fds = open_vhost(nodes, entry.queues)
+                vhost_fds = open_vhost(entry.queues)
                 closing.callback(_close, vhost_fds)
                 held.write(replace(entry, holder=holder))
             taps.append(

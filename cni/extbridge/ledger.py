@@ -30,6 +30,9 @@ RUN_VARIABLE: Final = "EXTBRIDGE_RUN"
 DEFAULT_RUN: Final = "/run/extbridge"
 
 _SUFFIX = ".json"
+_DRAFT = ".new"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 T = TypeVar("T")
 
@@ -87,9 +90,10 @@ class Entry:
 
 
 class Held:
-    """A container's part of the ledger while its lock is held."""
+    """A container's part of the ledger while its lock, the fd of its folder, is held."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, container_id: str, folder: int) -> None:
+        self._container_id = container_id
         self._folder = folder
 
     def entries(self) -> list[Entry]:
@@ -98,36 +102,45 @@ class Held:
 
     def sweep(self) -> None:
         """Remove the files that cannot be understood: nothing else would ever."""
-        for path in self._folder.glob(f"*{_SUFFIX}"):
-            if _read(path) is None:
-                with _our_failure(f"the ledger entry {path} could not be removed"):
-                    path.unlink(missing_ok=True)
+        for name in os.listdir(self._folder):
+            if name.endswith(_SUFFIX) and _read(name, self._folder) is None:
+                self.remove(name.removesuffix(_SUFFIX))
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
-        path = self._folder / f"{entry.ifname}{_SUFFIX}"
-        draft = path.with_suffix(".new")
-        with _our_failure(f"the ledger entry {path} could not be written"):
+        stored = {field: getattr(entry, field) for field in Entry.__slots__}
+        if entry.holder is not None:
+            stored["holder"] = asdict(entry.holder)
+        draft = f"{entry.ifname}{_DRAFT}"
+        with _our_failure(f"the ledger could not record {entry.ifname} of {self._container_id}"):
             try:
-                draft.write_text(json.dumps(asdict(entry)))
-                draft.rename(path)
+                file = os.open(draft, _CREATE, 0o600, dir_fd=self._folder)
+                with open(file, "wb") as written:
+                    written.write(json.dumps(stored).encode())
+                os.rename(
+                    draft,
+                    f"{entry.ifname}{_SUFFIX}",
+                    src_dir_fd=self._folder,
+                    dst_dir_fd=self._folder,
+                )
             except BaseException:
                 with suppress(OSError):
-                    draft.unlink()
+                    os.unlink(draft, dir_fd=self._folder)
                 raise
 
     def remove(self, ifname: str) -> None:
         """Remove the entry, if there is one."""
-        path = self._folder / f"{ifname}{_SUFFIX}"
-        with _our_failure(f"the ledger entry {path} could not be removed"):
-            path.unlink(missing_ok=True)
+        with (
+            _our_failure(f"the ledger could not forget {ifname} of {self._container_id}"),
+            suppress(FileNotFoundError),
+        ):
+            os.unlink(f"{ifname}{_SUFFIX}", dir_fd=self._folder)
 
 
 class Ledger:
     """The ledger under a run folder; the folder is made when the first entry is."""
 
     def __init__(self, run: Path) -> None:
-        self._run = run
         self._folder = run / "ledger"
 
     @classmethod
@@ -138,69 +151,78 @@ class Ledger:
     @contextmanager
     def hold(self, container_id: str) -> Iterator[Held]:
         """Hold the container's lock, waiting for whoever has it."""
-        folder = self._folder / container_id
-        with _our_failure(f"the ledger folder {folder} could not be made"):
-            self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            lock = _lock(folder)
+        folder = os.path.join(self._folder, container_id)
+        with _our_failure(f"the ledger's folder {folder} could not be made"):
+            lock = self._lock(folder)
         try:
-            yield Held(folder)
+            yield Held(container_id, lock)
         finally:
             # While the lock is held: whoever waits for it finds its folder gone and starts anew.
             with suppress(OSError):
-                _sweep_drafts(folder)
-                folder.rmdir()
+                for name in os.listdir(lock):
+                    if name.endswith(_DRAFT):
+                        os.unlink(name, dir_fd=lock)
+                os.rmdir(folder)
             os.close(lock)
 
     def knows(self, container_id: str) -> bool:
         """Whether the container has a folder, so whether there is anything to lock."""
-        return (self._folder / container_id).is_dir()
+        return os.path.isdir(os.path.join(self._folder, container_id))
 
     def of(self, container_id: str) -> list[Entry]:
         """The container's attachments, without the lock."""
-        return _entries(self._folder / container_id)
+        try:
+            folder = os.open(os.path.join(self._folder, container_id), _FOLDER)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        try:
+            return _entries(folder)
+        finally:
+            os.close(folder)
 
     def entries(self) -> Iterator[Entry]:
         """Every attachment of the node, without any lock: each as it is when it is read."""
         with suppress(FileNotFoundError):
-            for folder in self._folder.iterdir():
-                yield from _entries(folder)
+            for container_id in os.listdir(self._folder):
+                yield from self.of(container_id)
 
-
-def _lock(folder: Path) -> int:
-    while True:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), folder.stat()):
-                    return lock
-        except BaseException:
+    def _lock(self, folder: str) -> int:
+        while True:
+            try:
+                os.mkdir(folder, 0o700)
+            except FileExistsError:
+                pass
+            except FileNotFoundError:
+                self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                continue
+            try:
+                lock = os.open(folder, _FOLDER)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                        return lock
+            except BaseException:
+                os.close(lock)
+                raise
             os.close(lock)
-            raise
-        os.close(lock)
 
 
-def _sweep_drafts(folder: Path) -> None:
-    for draft in folder.glob("*.new"):
-        draft.unlink()
+def _entries(folder: int) -> list[Entry]:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(_SUFFIX))
+    read = (_read(name, folder) for name in names)
+    return [entry for entry in read if entry is not None]
 
 
-def _entries(folder: Path) -> list[Entry]:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        read = [_read(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
-        return [entry for entry in read if entry is not None]
-    return []
-
-
-def _read(path: Path) -> Entry | None:
-    with suppress(FileNotFoundError, ValueError, TypeError, RecursionError, InvalidNetworkConfig):
-        return _parse(json.loads(path.read_text()))
-    return None
+def _read(name: str, folder: int) -> Entry | None:
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+            return _parse(json.loads(file.read()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError, InvalidNetworkConfig):
+        return None
 
 
 def _parse(stored: object) -> Entry:

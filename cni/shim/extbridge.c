@@ -1,11 +1,10 @@
 /* The shim in the CNI folder and, under the name extbridge-exec, the launcher in a VM's container.
- *
  * docs/protocol.md says what goes over the wire; cni/extbridge/node/wire.py is the agent's side.
  * What a request means is the agent's to say: nothing is parsed here, and nothing allocated. */
 #define _GNU_SOURCE
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -24,7 +23,8 @@
 enum { CONNECT_MS = 5 * SECOND, STDIO_MS = 5 * SECOND, RETRY_MS = 20 };
 enum { CNI_ANSWER_MS = 60 * SECOND, TAP_ANSWER_MS = 10 * SECOND };
 enum { MAX_CNI = 2 << 20, MAX_STDIN = 1 << 20, MAX_TAP = 256 << 10, MAX_TAP_ANSWER = 512 << 10 };
-enum { U32 = 4, MAX_FDS = 250, MAX_ARGS = 1 << 16, REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
+enum { U32 = 4, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_WRITE = 4096, MAX_STATUS = 255 };
+enum { REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
 
 #define VERSIONS "\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]"
 #define JSON "{\"cniVersion\":\"1.1.0\","
@@ -34,11 +34,12 @@ enum { U32 = 4, MAX_FDS = 250, MAX_ARGS = 1 << 16, REFUSED = 125, NO_EXEC = 126,
 
 static const char *run = "/run/extbridge";
 static struct sockaddr_un agent = {.sun_family = AF_UNIX};
-static uint8_t request[U32 + MAX_CNI], answer[MAX_CNI + 1];
+static char request[U32 + MAX_CNI];
+static uint32_t answer[MAX_CNI / U32 + 1];
 static size_t request_size, answer_size;
 static int64_t answer_by;
-static int fds[MAX_FDS];
-static union { struct cmsghdr head; char room[CMSG_SPACE(sizeof fds)]; } control;
+/* A struct cmsghdr and what is behind it (man 3 cmsg). */
+static struct { size_t size; int level, type, fds[MAX_FDS]; } control;
 
 static int64_t now(void) {
     struct timespec time;
@@ -46,23 +47,21 @@ static int64_t now(void) {
     return time.tv_sec * INT64_C(1000) + time.tv_nsec / 1000000;
 }
 
-/* Reads or writes `size` bytes, fewer where the other side has ended; SIZE_MAX for a failure. On a
- * socket, `rides` is what `control` has, or has room for, on the first byte; none on later ones. */
-static size_t transfer(int fd, short events, void *data, size_t size, size_t *rides, int64_t by) {
+/* Reads or writes `size` bytes, fewer where the other side has ended; SIZE_MAX for a failure. With
+ * `rides`, on a socket: as much of `control` goes with the first byte, or may come; none later. */
+static size_t transfer(int fd, short events, void *data, size_t size, size_t *rides) {
+    int64_t left, by = rides ? answer_by : now() + STDIO_MS;
     size_t done = 0;
-    for (int64_t left; fd >= 0 && done < size && (left = by - now()) > 0;) {
+    while (fd >= 0 && done < size && (left = by - now()) > 0) {
         struct pollfd polled = {fd, events, 0};
-        poll(&polled, 1, (int)left);
-        if (!polled.revents) continue;
-        /* So much fits into a pipe that polls writable (fs/pipe.c, pipe_poll): no blocking. */
-        struct iovec part = {(char *)data + done, size - done < PIPE_BUF ? size - done : PIPE_BUF};
+        if (poll(&polled, 1, (int)left) <= 0) continue;
+        /* A pipe that polls writable takes PIPE_BUF without blocking (fs/pipe.c, pipe_poll). */
+        struct iovec part = {(char *)data + done, size - done < MAX_WRITE ? size - done : MAX_WRITE};
         struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control};
-        if (rides && done == 0) message.msg_controllen = *rides;
-        ssize_t n;
-        if (events == POLLIN)
-            n = rides ? recvmsg(fd, &message, MSG_CMSG_CLOEXEC) : readv(fd, &part, 1);
-        else
-            n = rides ? sendmsg(fd, &message, MSG_NOSIGNAL) : writev(fd, &part, 1);
+        message.msg_controllen = rides && done == 0 ? *rides : 0;
+        ssize_t n = events == POLLIN
+            ? (rides ? recvmsg(fd, &message, MSG_CMSG_CLOEXEC) : readv(fd, &part, 1))
+            : (rides ? sendmsg(fd, &message, MSG_NOSIGNAL) : writev(fd, &part, 1));
         if (n == 0) return done;
         if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (n < 0 || message.msg_flags & MSG_CTRUNC) break;
@@ -72,14 +71,11 @@ static size_t transfer(int fd, short events, void *data, size_t size, size_t *ri
     return done == size ? size : SIZE_MAX;
 }
 
+/* Ends with `status`, or with 1 where that would be success and could not be said. */
 static int say(int to, int status, const char *before, const char *text, const char *after) {
-    static char line[MAX_TAP_ANSWER];
+    static char line[MAX_TAP_ANSWER + 64];
     size_t size = (size_t)snprintf(line, sizeof line, "%s%s%s", before, text, after);
-    return transfer(to, POLLOUT, line, size, NULL, now() + STDIO_MS) == size || status ? status : 1;
-}
-
-static uint32_t get_u32(const uint8_t *at) {
-    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+    return transfer(to, POLLOUT, line, size, NULL) == size || status ? status : 1;
 }
 
 /* Adds a string with its NUL to the request, and says what is wrong, if anything; so does begin. */
@@ -112,50 +108,47 @@ static int ask(int passed, int64_t connect_by, int64_t patience) {
         poll(NULL, 0, RETRY_MS);
     }
     answer_by = now() + patience;
-    for (unsigned i = 0; i < U32; i++) request[i] = (uint8_t)((request_size - U32) >> 8 * i);
-    size_t rides = passed < 0 ? 0 : CMSG_SPACE(sizeof passed);
-    control.head = (struct cmsghdr){CMSG_LEN(sizeof passed), SOL_SOCKET, SCM_RIGHTS};
-    memcpy(CMSG_DATA(&control.head), &passed, sizeof passed);
-    transfer(peer, POLLOUT, request, request_size, &rides, answer_by);
+    uint32_t size = htole32((uint32_t)(request_size - U32));
+    memcpy(request, &size, U32);
+    control.size = CMSG_LEN(sizeof passed);
+    control.level = SOL_SOCKET;
+    control.type = SCM_RIGHTS;
+    control.fds[0] = passed;
+    size_t rides = passed < 0 ? 0 : control.size;
+    transfer(peer, POLLOUT, request, request_size, &rides);
     return peer;
 }
 
-/* The next frame into `answer`, a NUL behind it, and its fds into `fds`; how many, or -1. */
-static int receive(int peer, size_t limit, size_t max_fds) {
-    size_t rides = max_fds ? CMSG_SPACE(max_fds * sizeof *fds) : 0, none = 0;
-    if (transfer(peer, POLLIN, answer, U32, &rides, answer_by) != U32) return -1;
-    answer_size = get_u32(answer);
+/* The next frame into `answer`, a NUL behind it, its fds into `control`; how many, or -1. */
+static int receive(int peer, size_t limit, size_t rides) {
+    if (transfer(peer, POLLIN, answer, U32, &rides) != U32) return -1;
+    answer_size = le32toh(answer[0]);
     if (answer_size > limit) return -1;
-    if (transfer(peer, POLLIN, answer, answer_size, &none, answer_by) != answer_size) return -1;
-    answer[answer_size] = '\0';
-    size_t size = rides ? control.head.cmsg_len - CMSG_LEN(0) : 0;
-    memcpy(fds, CMSG_DATA(&control.head), size);
-    return (int)(size / sizeof *fds);
+    if (transfer(peer, POLLIN, answer, answer_size, &(size_t){0}) != answer_size) return -1;
+    ((char *)answer)[answer_size] = '\0';
+    return rides ? (int)((control.size - CMSG_LEN(0)) / sizeof *control.fds) : 0;
 }
 
 static int spool(void) {
     char folder[sizeof agent.sun_path], draft[64];
-    struct timespec time;
-    clock_gettime(CLOCK_REALTIME, &time);
     snprintf(folder, sizeof folder, "%s/spool", run);
-    snprintf(draft, sizeof draft, ".%jd.%09ld-%d", (intmax_t)time.tv_sec, time.tv_nsec, getpid());
+    snprintf(draft, sizeof draft, ".%jd-%d", (intmax_t)now(), getpid());
     mkdir(run, 0700);
     mkdir(folder, 0700);
     int in = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int file = openat(in, draft, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     size_t size = request_size - U32;
-    if (transfer(file, POLLOUT, request + U32, size, NULL, now() + STDIO_MS) == size &&
-        fsync(file) == 0 && renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
+    if (transfer(file, POLLOUT, request + U32, size, NULL) == size && fsync(file) == 0 &&
+        renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
     unlinkat(in, draft, 0);
     return FAIL(5, NO_ANSWER ", and its spool takes no DEL: give EXTBRIDGE_RUN room, writable");
 }
 
 static int carry(void) {
-    const char *asked = getenv("CNI_COMMAND"), *netns = getenv("CNI_NETNS");
-    const char *verb = asked ? asked : "";
+    const char *verb = getenv("CNI_COMMAND"), *netns = getenv("CNI_NETNS");
+    if (!verb) verb = "";
     const char *fault = begin("cni.sock", "xb\1C", "CNI_", MAX_CNI - MAX_STDIN - 1);
-    size_t size = transfer(STDIN_FILENO, POLLIN, request + request_size, MAX_STDIN + 1, NULL,
-                           now() + STDIO_MS);
+    size_t size = transfer(STDIN_FILENO, POLLIN, request + request_size, MAX_STDIN + 1, NULL);
     if (strcmp(verb, "VERSION") == 0) return say(STDOUT_FILENO, 0, JSON, VERSIONS, "}\n");
     if (fault) return FAIL(4, fault);
     if (size == SIZE_MAX) return FAIL(5, "standard input cannot be read, or has no end");
@@ -164,7 +157,7 @@ static int carry(void) {
     int passed = netns ? open(netns, O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
     for (int64_t connect_by = now() + CONNECT_MS;; poll(NULL, 0, RETRY_MS)) {
         int peer = ask(passed, connect_by, CNI_ANSWER_MS);
-        if (receive(peer, MAX_CNI, 0) == 0 && answer_size >= U32 && get_u32(answer) <= UINT8_MAX)
+        if (receive(peer, MAX_CNI, 0) == 0 && answer_size >= U32 && le32toh(*answer) <= MAX_STATUS)
             break;
         close(peer);
         if (strcmp(verb, "STATUS") == 0) return FAIL(50, NO_ANSWER);
@@ -172,35 +165,34 @@ static int carry(void) {
         if (now() >= connect_by) return spool();
     }
     size = answer_size - U32;
-    return transfer(STDOUT_FILENO, POLLOUT, answer + U32, size, NULL, now() + STDIO_MS) == size
-               ? answer[0] : EXIT_FAILURE;
+    int told = transfer(STDOUT_FILENO, POLLOUT, answer + 1, size, NULL) == size;
+    return told ? (int)le32toh(*answer) : 1;
 }
 
 static int launch(char **argv) {
     static char *command[MAX_ARGS + 1];
     const char *fault = begin("pod/tap.sock", "xb\1T", "EXTBRIDGE_", MAX_TAP);
     for (char **argument = argv; *argument && !fault; argument++) fault = add(*argument, MAX_TAP);
-    if (!*argv) fault = "give the command to run";
-    if (fault) return REFUSE(REFUSED, fault);
+    if (!*argv || fault) return REFUSE(REFUSED, fault ? fault : "give the command to run");
     int n, peer = ask(-1, now() + CONNECT_MS, TAP_ANSWER_MS);
-    size_t at;
+    char *at, *end;
     do {
-        n = receive(peer, MAX_TAP_ANSWER, MAX_FDS);
-        at = (size_t)(2 + n) * U32;
-        if (n < 0 || answer_size < at || get_u32(answer + U32) != (uint32_t)n)
-            return REFUSE(REFUSED, NO_ANSWER);
-        if (get_u32(answer) != 0)
-            return REFUSE(get_u32(answer) <= UINT8_MAX ? answer[0] : REFUSED, (char *)answer + at);
-        /* From the last on: numbers and fds both ascend, and an fd lies below its number, so no
+        n = receive(peer, MAX_TAP_ANSWER, sizeof control);
+        at = (char *)(answer + 2 + n), end = (char *)answer + answer_size;
+        if (n < 0 || at > end || le32toh(answer[1]) != (uint32_t)n) return REFUSE(REFUSED, NO_ANSWER);
+        uint32_t status = le32toh(answer[0]);
+        if (status != 0) return REFUSE(status <= MAX_STATUS ? (int)status : REFUSED, at);
+        /* From the last on: fds and numbers both ascend, and each fd lies below its number, so no
          * number is that of a tap which has not moved yet. */
-        for (int i = n; i-- > 0; close(fds[i]))
-            if (fcntl(fds[i], F_DUPFD, (int)get_u32(answer + (2 + i) * U32)) !=
-                (int)get_u32(answer + (2 + i) * U32))
+        for (int i = n - 1; i >= 0; i--) {
+            int number = (int)le32toh(answer[2 + i]);
+            if (number < 0 || fcntl(control.fds[i], F_DUPFD, number) != number)
                 return REFUSE(REFUSED, "a number that a tap's fd must have is not free");
-    } while (at == answer_size && n > 0);
-    for (size_t i = 0; at < answer_size && i < MAX_ARGS; at += strlen(command[i++]) + 1)
-        command[i] = (char *)answer + at;
-    if (!command[0] || at < answer_size) return REFUSE(REFUSED, NO_ANSWER);
+            close(control.fds[i]);
+        }
+    } while (at == end && n > 0);
+    for (int i = 0; at < end && i < MAX_ARGS; at += strlen(at) + 1) command[i++] = at;
+    if (!command[0] || at < end) return REFUSE(REFUSED, NO_ANSWER);
     execvp(command[0], command);
     return errno == ENOENT ? REFUSE(NOT_FOUND, "the command is not found")
                            : REFUSE(NO_EXEC, "the command cannot be executed");

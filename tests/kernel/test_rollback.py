@@ -23,7 +23,8 @@ from tests.support import Answer, Cni, require
 
 # Calls by which anything changes outside of the process; to be killed between two others is to be
 # killed before the next of these.
-CHANGING = ("mkdir", "openat", "write", "rename", "unlink", "rmdir", "sendto", "setns")
+CHANGING = ("mkdir", "mkdirat", "openat", "write", "rename", "renameat", "renameat2", "unlink",
+            "unlinkat", "rmdir", "sendto", "setns")  # fmt: skip
 
 CALLS = (*CHANGING, "socket", "bind", "setsockopt", "recvfrom", "flock", "fsopen", "fsconfig",
          "fsmount", "ioctl", "newfstatat", "getdents64")  # fmt: skip
@@ -68,7 +69,7 @@ class Place:
         assert made == self.macs
 
 
-@pytest.fixture(params=["vepa", "passthru", "chained"])
+@pytest.fixture(params=["passthru", "chained"])
 def places(
     request: pytest.FixtureRequest,
     lab: Lab,
@@ -104,20 +105,22 @@ def test_add_that_fails_leaves_nothing(places: list[Place], tmp_path: Path) -> N
             place, "ADD", call, f"error=EIO:when={call.number}", folder=tmp_path
         )
         assert injected
+        if answer.status > 0:
+            assert answer.error["code"] in {5, 102}
         if answer.status == 0:
             # Something that it can do without.
             place.assert_whole()
-            assert place.attempt("DEL").status == 0
-        elif answer.status > 0:
-            assert answer.error["code"] in {5, 7, 101, 102}
-        else:
-            # The one failure that ends the process is that of the way back from the pod.
-            assert call.name == "setns"
+        # The way back from the pod is the one failure after which the process cannot go on.
+        if answer.status <= 0 or call in locking:
+            assert answer.status >= 0 or call.name == "setns"
             assert place.attempt("DEL").status == 0
         place.assert_clean()
 
     # An answer that nobody can be given is the runtime's to follow with DEL.
     calls = [it for it in recorded(places[0], "ADD", tmp_path) if "write(1," not in it.shown]
+    # The folder that is the lock cannot be removed by one who does not have the lock.
+    locked = next(n for n, call in enumerate(calls) if call.name == "flock")
+    locking = calls[locked - 1 : locked + 3]
     assert len(calls) > 60
     side_by_side(fail, places, calls)
 
@@ -156,7 +159,7 @@ def test_add_that_is_killed(places: list[Place], tmp_path: Path) -> None:
             place.assert_clean()
 
     calls = recorded(places[0], "ADD", tmp_path)
-    told = calls[max(n for n, call in enumerate(calls) if call.name == "rename") + 1 :]
+    told = calls[max(n for n, call in enumerate(calls) if "rename" in call.name) + 1 :]
     calls = [call for call in calls if call.name in CHANGING]
     assert len(calls) > 20
     side_by_side(kill, places, calls)
@@ -200,7 +203,9 @@ def two_nics(nic: Nic, folder: Path) -> dict[str, object]:
 def recorded(place: Place, verb: str, folder: Path) -> list[Call]:
     """The calls that the verb makes, undisturbed, from its first message to the kernel on."""
     log = folder / "recorded"
-    options = ("-f", "--seccomp-bpf", "-o", str(log), "-e", f"trace={','.join(CALLS)}")
+    # With a question mark, those that an architecture does not have are no error.
+    traced = f"trace={','.join(f'?{name}' for name in CALLS)}"
+    options = ("-f", "--seccomp-bpf", "-o", str(log), "-e", traced)
     cni = replace(place.cni, wrapper=("strace", *options))
     assert cni(verb, place.config, NETNS=place.pod).status == 0
     if verb == "ADD":

@@ -186,11 +186,12 @@ class Lab:
         """Make a pod's network namespace, with nothing but its loopback; the answer is its path."""
         return self._namespace(name)
 
-    def neighbour(self, name: str, *addresses: str) -> str:
+    def neighbour(self, name: str, *addresses: str, mtu: int = 1500) -> str:
         """Make a host on the switch, outside of the node, with these addresses on its eth0."""
         netns = self._namespace(name)
         port = f"{self._prefix}{name}"
-        run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", netns,
+        run("ip", "link", "add", port, "mtu", str(mtu), "type", "veth",
+            "peer", "name", "eth0", "mtu", str(mtu), "netns", netns,
             netns=self.switch)  # fmt: skip
         self._plug(port)
         # Addresses are usable at once, and none is there but those.

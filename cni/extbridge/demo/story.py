@@ -30,7 +30,7 @@ from rich.text import Text
 
 from extbridge.demo.guest import Guest, GuestFailure, boot_files, guest_folder
 from extbridge.demo.lab import Frame, Lab, LabFailure, Nic, become_node, receive, run
-from extbridge.kernel.taps import device_nodes, has_node
+from extbridge.kernel.taps import has_node
 from extbridge.ledger import RUN_VARIABLE
 
 # The pods, and the guests in them, at addresses that are nobody's (TEST-NET-1, RFC 5737).
@@ -166,10 +166,10 @@ def _play(console: Console, folder: Path) -> list[Claim]:
         frames = 2 * _PINGS
         return [
             Claim("vepa: a pings b", "0% lost", reflected.lost, reflected.rtt),
-            Claim("  frames at the switch", f"{frames} in, {frames} back", reflected.at_switch),
+            Claim("vepa: frames at the switch", f"{frames} in, {frames} back", reflected.at_switch),
             Claim("vepa, relay off: a pings b", "100% lost", unreflected.lost),
             Claim("bridge, relay off: a pings b", "0% lost", bridged.lost, bridged.rtt),
-            Claim("  frames at the switch", "0 in, 0 back", bridged.at_switch),
+            Claim("bridge: frames at the switch", "0 in, 0 back", bridged.at_switch),
             *(
                 Claim(f"after ADD, DEL: {what}", "2, 0", f"{there[what]}, {left[what]}")
                 for what in there
@@ -287,8 +287,7 @@ def _is_icmp(frame: Frame) -> bool:
 def _traces(scene: _Scene, ifindexes: list[int]) -> dict[str, int]:
     """How many there are of all that attachments are made of, on the node and in the pods."""
     namespaces = ("", *scene.pods.values())
-    with device_nodes() as nodes:
-        taps = sum(has_node(ifindex, nodes) for ifindex in ifindexes)
+    taps = sum(has_node(ifindex) for ifindex in ifindexes)
     return {
         "links": sum(len(_list_links(it, besides=("lo", scene.nic.name))) for it in namespaces),
         "nftables tables": sum(

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Final
 
 from extbridge.kernel.links import FIRST_IFINDEX, LAST_IFINDEX, Link
@@ -43,22 +43,7 @@ _VHOST_NET: Final = "vhost-net"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@contextmanager
-def device_nodes() -> Iterator[int]:
-    """A directory fd of the kernel's devtmpfs, whatever is mounted on this process's /dev.
-
-    A detached mount (fsmount(2), Linux 5.2): no path leads to it, and it goes with the fd.
-    """
-    with ExitStack() as stack:
-        context = _syscall("fsopen devtmpfs", _SYS_FSOPEN, b"devtmpfs", _FSOPEN_CLOEXEC)
-        stack.callback(os.close, context)
-        _syscall("fsconfig devtmpfs", _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        nodes = _syscall("fsmount devtmpfs", _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
-        stack.callback(os.close, nodes)
-        yield nodes
-
-
-def unused_ifindex(nodes: int) -> int:
+def unused_ifindex() -> int:
     """An ifindex of our range that no macvtap of this node bears, in whichever namespace.
 
     30 random bits: that two requests pick the same number before either has its node happens once
@@ -66,16 +51,16 @@ def unused_ifindex(nodes: int) -> int:
     """
     while True:
         ifindex = FIRST_IFINDEX + secrets.randbelow(LAST_IFINDEX - FIRST_IFINDEX + 1)
-        if not has_node(ifindex, nodes):
+        if not has_node(ifindex):
             return ifindex
 
 
-def has_node(ifindex: int, nodes: int) -> bool:
+def has_node(ifindex: int) -> bool:
     """Whether a macvtap with this ifindex is there, in whichever namespace of the node."""
-    return _exists(f"tap{ifindex}", nodes)
+    return _exists(f"tap{ifindex}")
 
 
-def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
+def open_tap(link: Link, mac: str) -> list[int]:
     """Open every queue of `link`'s tap, verified; the caller owns the fds.
 
     Stand in the host's namespace: a tap fd pins the one it was opened in (tap_open, sk_alloc), and
@@ -91,7 +76,7 @@ def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
     with ExitStack() as stack:
         fds = []
         for _ in range(link.tx_queues):
-            fd = os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=nodes)
+            fd = os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=_device_nodes())
             stack.callback(os.close, fd)
             _verify(fd, link, mac)
             fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(b"", flags))
@@ -100,13 +85,13 @@ def open_tap(nodes: int, link: Link, mac: str) -> list[int]:
         return fds
 
 
-def open_vhost(nodes: int, queues: int) -> list[int]:
+def open_vhost(queues: int) -> list[int]:
     """One vhost-net fd a queue, or none where the node has no vhost-net; the caller owns them."""
     with ExitStack() as stack:
         fds = []
         for _ in range(queues):
             try:
-                fd = os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC, dir_fd=nodes)
+                fd = os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC, dir_fd=_device_nodes())
             except OSError as error:
                 # ENODEV: a node without a driver, which udev makes so that opening loads it.
                 if error.errno in (errno.ENOENT, errno.ENODEV):
@@ -131,12 +116,27 @@ def _verify(fd: int, link: Link, mac: str) -> None:
         )
 
 
-def _exists(name: str, nodes: int) -> bool:
+def _exists(name: str) -> bool:
     try:
-        os.stat(name, dir_fd=nodes)
+        os.stat(name, dir_fd=_device_nodes())
     except FileNotFoundError:
         return False
     return True
+
+
+@functools.cache
+def _device_nodes() -> int:
+    """A directory fd of the kernel's devtmpfs, whatever is mounted on this process's /dev.
+
+    A detached mount (fsmount(2), Linux 5.2): no path leads to it. It stays for the life of the
+    process, because to give it back takes as long as to make a macvtap.
+    """
+    context = _syscall("fsopen devtmpfs", _SYS_FSOPEN, b"devtmpfs", _FSOPEN_CLOEXEC)
+    try:
+        _syscall("fsconfig devtmpfs", _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall("fsmount devtmpfs", _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+    finally:
+        os.close(context)
 
 
 def _syscall(what: str, number: int, *arguments: object) -> int:

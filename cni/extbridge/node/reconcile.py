@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from extbridge.attachment import detach_wherever
-from extbridge.kernel.taps import device_nodes, has_node
+from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Ledger
 from extbridge.node import wire
 from extbridge.spec import skel
@@ -58,30 +58,29 @@ def replay_spool(spool: Path, verbs: skel.Verbs) -> int:
 def repair(ledger: Ledger) -> Mapping[str, int]:
     """Set the ledger right by what the kernel has; how much of each kind was amiss."""
     repairs: Counter[str] = Counter()
-    with device_nodes() as nodes:
-        for entry in list(ledger.entries()):
-            kind = _ailment(entry, nodes)
-            if not kind:
-                continue
-            try:
-                with ledger.hold(entry.container_id) as held:
-                    if entry not in held.entries():
-                        continue
-                    if kind == "holder":
-                        held.write(replace(entry, holder=None))
-                    else:
-                        detach_wherever(entry, held=held)
-            except (OSError, CniError) as error:
-                log.error("%s of %s: %s", entry.ifname, entry.container_id, error)  # noqa: TRY400 - one line, the others go on
-                continue
-            repairs[kind] += 1
+    for entry in list(ledger.entries()):
+        kind = _ailment(entry)
+        if not kind:
+            continue
+        try:
+            with ledger.hold(entry.container_id) as held:
+                if entry not in held.entries():
+                    continue
+                if kind == "holder":
+                    held.write(replace(entry, holder=None))
+                else:
+                    detach_wherever(entry, held=held)
+        except (OSError, CniError) as error:
+            log.error("%s of %s: %s", entry.ifname, entry.container_id, error)  # noqa: TRY400 - one line, the others go on
+            continue
+        repairs[kind] += 1
     return repairs
 
 
-def _ailment(entry: Entry, nodes: int) -> str:
+def _ailment(entry: Entry) -> str:
     if not entry.done:
         return "intent"
-    if not has_node(entry.ifindex, nodes):
+    if not has_node(entry.ifindex):
         return "link"
     if entry.holder is not None and not entry.holder.alive():
         return "holder"
