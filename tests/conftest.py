@@ -73,7 +73,7 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def guest() -> type[Guest]:
     """The class of guests, where all is there that they need."""
     require("qemu-system-x86_64")

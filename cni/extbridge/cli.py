@@ -76,6 +76,30 @@ def demo() -> None:
     sys.exit(tell())
 
 
+@cli.command()
+@click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where sockets, ledger and spool are.",
+)
+@click.option(
+    "--networks-dir",
+    default="/etc/cni/extbridge.d",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where networks are defined, for configurations that name no networksDir.",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
+def agent(run_dir: str, networks_dir: str, log_format: str) -> None:
+    """Serve this node: answer the CNI shim, hand taps to VM containers."""
+    from extbridge.node.compose import run_agent
+
+    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json")
+
+
 def main() -> None:
     """The executable `extbridge`: an error becomes one line and its hint, exit status 1."""
     try:

@@ -27,6 +27,7 @@ from extbridge.kernel.netns import is_netns, is_own, netns_inode, opened_netns
 from extbridge.kernel.silence import unsilence_absent
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Network
+from extbridge.network.store import DEFAULT_DIRECTORY
 from extbridge.network.wanted import (
     WantedNic,
     configured_network,
@@ -57,9 +58,9 @@ VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 _MASTERS_THAT_TAKE_ALL = ("bridge", "bond", "team", "openvswitch")
 
 
-def cmd_add(request: Request, ledger: Ledger) -> Mapping[str, object]:
+def cmd_add(request: Request, ledger: Ledger, networks_dir: str) -> Mapping[str, object]:
     """Make every NIC that the request asks for, or none (SPEC section 2, "ADD")."""
-    nics = wanted_nics(request)
+    nics = wanted_nics(request, networks_dir)
     result = start_from(request.prev_result, request.cni_version)
     if not nics:
         return result
@@ -172,10 +173,10 @@ def cmd_gc(request: Request, ledger: Ledger) -> None:
         raise KernelRefused(f"not everything could be removed: {'; '.join(failures)}")
 
 
-def cmd_status(request: Request) -> None:
+def cmd_status(request: Request, networks_dir: str) -> None:
     """Whether an ADD can succeed: the NIC is there, and has carrier (SPEC section 2, "STATUS")."""
     refuse_unknown_keys(request.config)
-    network = configured_network(request.config)
+    network = configured_network(request.config, networks_dir)
     if network is None:
         return
     with Netlink(NETLINK_ROUTE) as host:
@@ -192,14 +193,14 @@ def cmd_status(request: Request) -> None:
         )
 
 
-def verbs(ledger: Ledger) -> skel.Verbs:
-    """What each verb does, with the ledger it works on."""
+def verbs(ledger: Ledger, networks_dir: str = DEFAULT_DIRECTORY) -> skel.Verbs:
+    """What each verb does, with its ledger and the folder for definitions that are only named."""
     return {
-        Verb.ADD: partial(cmd_add, ledger=ledger),
+        Verb.ADD: partial(cmd_add, ledger=ledger, networks_dir=networks_dir),
         Verb.DEL: partial(cmd_del, ledger=ledger),
         Verb.CHECK: partial(cmd_check, ledger=ledger),
         Verb.GC: partial(cmd_gc, ledger=ledger),
-        Verb.STATUS: cmd_status,
+        Verb.STATUS: partial(cmd_status, networks_dir=networks_dir),
     }
 
 

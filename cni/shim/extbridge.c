@@ -23,23 +23,24 @@
 enum { CONNECT_MS = 5 * SECOND, STDIO_MS = 5 * SECOND, RETRY_MS = 20 };
 enum { CNI_ANSWER_MS = 60 * SECOND, TAP_ANSWER_MS = 10 * SECOND };
 enum { MAX_CNI = 2 << 20, MAX_STDIN = 1 << 20, MAX_TAP = 256 << 10, MAX_TAP_ANSWER = 512 << 10 };
-enum { U32 = 4, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_WRITE = 4096, MAX_STATUS = 255 };
+enum { U32 = 4, CHUNK = 4096, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_STATUS = 255 };
 enum { REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
 
 #define VERSIONS "\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]"
 #define JSON "{\"cniVersion\":\"1.1.0\","
 #define FAIL(code, text) say(STDOUT_FILENO, 1, JSON "\"code\":" #code ",\"msg\":\"", text, "\"}\n")
 #define REFUSE(status, text) say(STDERR_FILENO, status, "extbridge-exec: ", text, "\n")
-#define NO_ANSWER "the extbridge agent of this node does not answer"
+#define NO_ANSWER "the extbridge agent of this node gives no answer"
 
 static const char *run = "/run/extbridge";
 static struct sockaddr_un agent = {.sun_family = AF_UNIX};
-static char request[U32 + MAX_CNI];
-static uint32_t answer[MAX_CNI / U32 + 1];
+static uint32_t request[1 + MAX_CNI / U32], answer[MAX_CNI / U32 + 1];
 static size_t request_size, answer_size;
 static int64_t answer_by;
-/* A struct cmsghdr and what is behind it (man 3 cmsg). */
-static struct { size_t size; int level, type, fds[MAX_FDS]; } control;
+static int status;
+/* A struct cmsghdr, and the fds behind it (man 3 cmsg). */
+static struct { size_t size; int level, type, fds[MAX_FDS]; } control = {
+    .level = SOL_SOCKET, .type = SCM_RIGHTS};
 
 static int64_t now(void) {
     struct timespec time;
@@ -56,7 +57,7 @@ static size_t transfer(int fd, short events, void *data, size_t size, size_t *ri
         struct pollfd polled = {fd, events, 0};
         if (poll(&polled, 1, (int)left) <= 0) continue;
         /* A pipe that polls writable takes PIPE_BUF without blocking (fs/pipe.c, pipe_poll). */
-        struct iovec part = {(char *)data + done, size - done < MAX_WRITE ? size - done : MAX_WRITE};
+        struct iovec part = {(char *)data + done, size - done < CHUNK ? size - done : CHUNK};
         struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control};
         message.msg_controllen = rides && done == 0 ? *rides : 0;
         ssize_t n = events == POLLIN
@@ -71,18 +72,17 @@ static size_t transfer(int fd, short events, void *data, size_t size, size_t *ri
     return done == size ? size : SIZE_MAX;
 }
 
-/* Ends with `status`, or with 1 where that would be success and could not be said. */
-static int say(int to, int status, const char *before, const char *text, const char *after) {
+static int say(int to, int end, const char *before, const char *text, const char *after) {
     static char line[MAX_TAP_ANSWER + 64];
     size_t size = (size_t)snprintf(line, sizeof line, "%s%s%s", before, text, after);
-    return transfer(to, POLLOUT, line, size, NULL) == size || status ? status : 1;
+    return transfer(to, POLLOUT, line, size, NULL) == size || end != 0 ? end : 1;
 }
 
 /* Adds a string with its NUL to the request, and says what is wrong, if anything; so does begin. */
 static const char *add(const char *string, size_t limit) {
     size_t size = strlen(string) + 1;
     if (size > U32 + limit - request_size) return "environment and command are too long to send";
-    memcpy(request + request_size, string, size);
+    memcpy((char *)request + request_size, string, size);
     request_size += size;
     return NULL;
 }
@@ -93,7 +93,7 @@ static const char *begin(const char *name, const char *magic, const char *prefix
     if (given && *given) run = given;
     int size = snprintf(agent.sun_path, sizeof agent.sun_path, "%s/%s", run, name);
     if ((size_t)size >= sizeof agent.sun_path) return "EXTBRIDGE_RUN is too long for a socket";
-    memcpy(request + U32, magic, U32);
+    memcpy(request + 1, magic, U32);
     request_size = U32 + U32;
     for (char **variable = environ; *variable && !fault; variable++)
         if (strncmp(*variable, prefix, strlen(prefix)) == 0) fault = add(*variable, limit);
@@ -108,11 +108,8 @@ static int ask(int passed, int64_t connect_by, int64_t patience) {
         poll(NULL, 0, RETRY_MS);
     }
     answer_by = now() + patience;
-    uint32_t size = htole32((uint32_t)(request_size - U32));
-    memcpy(request, &size, U32);
+    request[0] = htole32((uint32_t)(request_size - U32));
     control.size = CMSG_LEN(sizeof passed);
-    control.level = SOL_SOCKET;
-    control.type = SCM_RIGHTS;
     control.fds[0] = passed;
     size_t rides = passed < 0 ? 0 : control.size;
     transfer(peer, POLLOUT, request, request_size, &rides);
@@ -123,9 +120,11 @@ static int ask(int passed, int64_t connect_by, int64_t patience) {
 static int receive(int peer, size_t limit, size_t rides) {
     if (transfer(peer, POLLIN, answer, U32, &rides) != U32) return -1;
     answer_size = le32toh(answer[0]);
-    if (answer_size > limit) return -1;
+    if (answer_size < U32 || answer_size > limit) return -1;
     if (transfer(peer, POLLIN, answer, answer_size, &(size_t){0}) != answer_size) return -1;
     ((char *)answer)[answer_size] = '\0';
+    status = (int)le32toh(answer[0]);
+    if (status < 0 || status > MAX_STATUS) return -1;
     return rides ? (int)((control.size - CMSG_LEN(0)) / sizeof *control.fds) : 0;
 }
 
@@ -138,7 +137,7 @@ static int spool(void) {
     int in = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int file = openat(in, draft, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     size_t size = request_size - U32;
-    if (transfer(file, POLLOUT, request + U32, size, NULL) == size && fsync(file) == 0 &&
+    if (transfer(file, POLLOUT, request + 1, size, NULL) == size && fsync(file) == 0 &&
         renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
     unlinkat(in, draft, 0);
     return FAIL(5, NO_ANSWER ", and its spool takes no DEL: give EXTBRIDGE_RUN room, writable");
@@ -148,7 +147,8 @@ static int carry(void) {
     const char *verb = getenv("CNI_COMMAND"), *netns = getenv("CNI_NETNS");
     if (!verb) verb = "";
     const char *fault = begin("cni.sock", "xb\1C", "CNI_", MAX_CNI - MAX_STDIN - 1);
-    size_t size = transfer(STDIN_FILENO, POLLIN, request + request_size, MAX_STDIN + 1, NULL);
+    char *body = (char *)request + request_size;
+    size_t size = transfer(STDIN_FILENO, POLLIN, body, MAX_STDIN + 1, NULL);
     if (strcmp(verb, "VERSION") == 0) return say(STDOUT_FILENO, 0, JSON, VERSIONS, "}\n");
     if (fault) return FAIL(4, fault);
     if (size == SIZE_MAX) return FAIL(5, "standard input cannot be read, or has no end");
@@ -157,33 +157,30 @@ static int carry(void) {
     int passed = netns ? open(netns, O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
     for (int64_t connect_by = now() + CONNECT_MS;; poll(NULL, 0, RETRY_MS)) {
         int peer = ask(passed, connect_by, CNI_ANSWER_MS);
-        if (receive(peer, MAX_CNI, 0) == 0 && answer_size >= U32 && le32toh(*answer) <= MAX_STATUS)
-            break;
+        if (receive(peer, MAX_CNI, 0) == 0) break;
         close(peer);
         if (strcmp(verb, "STATUS") == 0) return FAIL(50, NO_ANSWER);
         if (strcmp(verb, "DEL") != 0) return FAIL(11, NO_ANSWER);
         if (now() >= connect_by) return spool();
     }
     size = answer_size - U32;
-    int told = transfer(STDOUT_FILENO, POLLOUT, answer + 1, size, NULL) == size;
-    return told ? (int)le32toh(*answer) : 1;
+    return transfer(STDOUT_FILENO, POLLOUT, answer + 1, size, NULL) == size ? status : 1;
 }
 
-static int launch(char **argv) {
+static int launch(int argc, char **argv) {
     static char *command[MAX_ARGS + 1];
     const char *fault = begin("pod/tap.sock", "xb\1T", "EXTBRIDGE_", MAX_TAP);
-    for (char **argument = argv; *argument && !fault; argument++) fault = add(*argument, MAX_TAP);
-    if (!*argv || fault) return REFUSE(REFUSED, fault ? fault : "give the command to run");
+    for (int i = 1; i < argc && !fault; i++) fault = add(argv[i], MAX_TAP);
+    if (argc < 2 || fault) return REFUSE(REFUSED, fault ? fault : "give the command to run");
     int n, peer = ask(-1, now() + CONNECT_MS, TAP_ANSWER_MS);
     char *at, *end;
     do {
         n = receive(peer, MAX_TAP_ANSWER, sizeof control);
-        at = (char *)(answer + 2 + n), end = (char *)answer + answer_size;
-        if (n < 0 || at > end || le32toh(answer[1]) != (uint32_t)n) return REFUSE(REFUSED, NO_ANSWER);
-        uint32_t status = le32toh(answer[0]);
-        if (status != 0) return REFUSE(status <= MAX_STATUS ? (int)status : REFUSED, at);
-        /* From the last on: fds and numbers both ascend, and each fd lies below its number, so no
-         * number is that of a tap which has not moved yet. */
+        at = (char *)(answer + 2 + n);
+        end = (char *)answer + answer_size;
+        if (n < 0 || at > end || (int)le32toh(answer[1]) != n) return REFUSE(REFUSED, NO_ANSWER);
+        if (status != 0) return REFUSE(status, at);
+        /* The last first: fds and numbers ascend, so none has the number of one yet to be moved. */
         for (int i = n - 1; i >= 0; i--) {
             int number = (int)le32toh(answer[2 + i]);
             if (number < 0 || fcntl(control.fds[i], F_DUPFD, number) != number)
@@ -194,11 +191,9 @@ static int launch(char **argv) {
     for (int i = 0; at < end && i < MAX_ARGS; at += strlen(at) + 1) command[i++] = at;
     if (!command[0] || at < end) return REFUSE(REFUSED, NO_ANSWER);
     execvp(command[0], command);
-    return errno == ENOENT ? REFUSE(NOT_FOUND, "the command is not found")
-                           : REFUSE(NO_EXEC, "the command cannot be executed");
+    return REFUSE(errno == ENOENT ? NOT_FOUND : NO_EXEC, strerror(errno));
 }
 
 int main(int argc, char **argv) {
-    const char *path = argc > 0 ? argv[0] : "", *slash = strrchr(path, '/');
-    return strcmp(slash ? slash + 1 : path, "extbridge-exec") == 0 ? launch(argv + 1) : carry();
+    return strcmp(program_invocation_short_name, "extbridge-exec") ? carry() : launch(argc, argv);
 }

@@ -46,7 +46,7 @@ def macvtaps(netns: str) -> list[str]:
     """The names of the namespace's macvtaps."""
     listed = json.loads(run("ip", "-json", "link", "show", "type", "macvtap", netns=netns))
     # iproute2 shows those of other types as empty objects.
-    return [link["ifname"] for link in listed if link]
+    return sorted(link["ifname"] for link in listed if link)
 
 
 def tables(netns: str) -> list[str]:

@@ -7,11 +7,9 @@ from the moment when it first speaks to the kernel, one in each run.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,29 +17,13 @@ import pytest
 
 from extbridge.demo.lab import Lab, Nic
 from tests.kernel.observe import leftovers, macvtaps, network_config, show_link
+from tests.kernel.strace import CHANGING, Call, disturbed, recorded
 from tests.support import Answer, Cni, require
-
-# Calls by which anything changes outside of the process; to be killed between two others is to be
-# killed before the next of these.
-CHANGING = ("mkdir", "mkdirat", "openat", "write", "rename", "renameat", "renameat2", "unlink",
-            "unlinkat", "rmdir", "sendto", "setns")  # fmt: skip
-
-CALLS = (*CHANGING, "socket", "bind", "setsockopt", "recvfrom", "flock", "fsopen", "fsconfig",
-         "fsmount", "ioctl", "newfstatat", "getdents64")  # fmt: skip
 
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
 
 # The machine has few cores, and most of each run is spent starting Python.
 WORKERS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A system call of a run: the `number`-th of its name; `shown` is strace's line for it."""
-
-    name: str
-    number: int
-    shown: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +39,12 @@ class Place:
     def attempt(self, verb: str) -> Answer:
         """Run the verb undisturbed."""
         return self.cni(verb, self.config, NETNS=self.pod)
+
+    def attempt_with(self, verb: str, call: Call, fault: str) -> tuple[Answer, str]:
+        """Run the verb with a fault at the call; what strace saw says whether it took place."""
+        log = self.cni.run_dir / "strace"
+        answer = disturbed(self.cni, call, fault, log)(verb, self.config, NETNS=self.pod)
+        return answer, log.read_text(encoding="utf-8")
 
     def assert_clean(self) -> None:
         """All is as it was before the first attempt: pod, ledger, and the NIC's own MAC."""
@@ -101,10 +89,8 @@ def test_add_that_fails_leaves_nothing(places: list[Place], tmp_path: Path) -> N
     """Each call that ADD makes fails once; then links, rules, ledger and the NIC are as before."""
 
     def fail(place: Place, call: Call) -> None:
-        answer, injected = disturbed(
-            place, "ADD", call, f"error=EIO:when={call.number}", folder=tmp_path
-        )
-        assert injected
+        answer, seen = place.attempt_with("ADD", call, f"error=EIO:when={call.number}")
+        assert "(INJECTED)" in seen
         if answer.status > 0:
             assert answer.error["code"] in {5, 102}
         if answer.status == 0:
@@ -117,7 +103,7 @@ def test_add_that_fails_leaves_nothing(places: list[Place], tmp_path: Path) -> N
         place.assert_clean()
 
     # An answer that nobody can be given is the runtime's to follow with DEL.
-    calls = [it for it in recorded(places[0], "ADD", tmp_path) if "write(1," not in it.shown]
+    calls = [it for it in calls_of(places[0], "ADD", tmp_path) if "write(1," not in it.shown]
     # The folder that is the lock cannot be removed by one who does not have the lock.
     locked = next(n for n, call in enumerate(calls) if call.name == "flock")
     locking = calls[locked - 1 : locked + 3]
@@ -129,14 +115,12 @@ def test_add_whose_rollback_fails_too(places: list[Place], tmp_path: Path) -> No
     """Where the kernel refuses from one message on, also what would undo it, DEL cleans up."""
 
     def fail(place: Place, call: Call) -> None:
-        _, injected = disturbed(
-            place, "ADD", call, f"error=EIO:when={call.number}+", folder=tmp_path
-        )
-        assert injected
+        _, seen = place.attempt_with("ADD", call, f"error=EIO:when={call.number}+")
+        assert "(INJECTED)" in seen
         assert place.attempt("DEL").status == 0
         place.assert_clean()
 
-    calls = [it for it in recorded(places[0], "ADD", tmp_path) if it.name == "sendto"]
+    calls = [it for it in calls_of(places[0], "ADD", tmp_path) if it.name == "sendto"]
     assert len(calls) > 3
     side_by_side(fail, places, calls)
 
@@ -146,9 +130,7 @@ def test_add_that_is_killed(places: list[Place], tmp_path: Path) -> None:
 
     def kill(place: Place, call: Call) -> None:
         for retry in (False, True):
-            answer, _ = disturbed(
-                place, "ADD", call, f"signal=KILL:when={call.number}", folder=tmp_path
-            )
+            answer, _ = place.attempt_with("ADD", call, f"signal=KILL:when={call.number}")
             assert answer.status == -9
             if retry:
                 again = place.attempt("ADD")
@@ -158,7 +140,7 @@ def test_add_that_is_killed(places: list[Place], tmp_path: Path) -> None:
             assert place.attempt("DEL").status == 0
             place.assert_clean()
 
-    calls = recorded(places[0], "ADD", tmp_path)
+    calls = calls_of(places[0], "ADD", tmp_path)
     told = calls[max(n for n, call in enumerate(calls) if "rename" in call.name) + 1 :]
     calls = [call for call in calls if call.name in CHANGING]
     assert len(calls) > 20
@@ -170,15 +152,13 @@ def test_del_that_is_killed(places: list[Place], tmp_path: Path) -> None:
 
     def kill(place: Place, call: Call) -> None:
         assert place.attempt("ADD").status == 0
-        answer, _ = disturbed(
-            place, "DEL", call, f"signal=KILL:when={call.number}", folder=tmp_path
-        )
+        answer, _ = place.attempt_with("DEL", call, f"signal=KILL:when={call.number}")
         assert answer.status == -9
         assert place.attempt("DEL").status == 0
         place.assert_clean()
 
     assert places[0].attempt("ADD").status == 0
-    calls = [it for it in recorded(places[0], "DEL", tmp_path) if it.name in CHANGING]
+    calls = [it for it in calls_of(places[0], "DEL", tmp_path) if it.name in CHANGING]
     assert len(calls) > 8
     side_by_side(kill, places, calls)
 
@@ -200,40 +180,13 @@ def two_nics(nic: Nic, folder: Path) -> dict[str, object]:
     }
 
 
-def recorded(place: Place, verb: str, folder: Path) -> list[Call]:
-    """The calls that the verb makes, undisturbed, from its first message to the kernel on."""
-    log = folder / "recorded"
-    # With a question mark, those that an architecture does not have are no error.
-    traced = f"trace={','.join(f'?{name}' for name in CALLS)}"
-    options = ("-f", "--seccomp-bpf", "-o", str(log), "-e", traced)
-    cni = replace(place.cni, wrapper=("strace", *options))
-    assert cni(verb, place.config, NETNS=place.pod).status == 0
+def calls_of(place: Place, verb: str, folder: Path) -> list[Call]:
+    """The calls that the verb makes undisturbed, with nothing there afterwards."""
+    calls = recorded(place.cni, verb, place.config, place.pod, folder / "recorded")
     if verb == "ADD":
         assert place.attempt("DEL").status == 0
     place.assert_clean()
-    counted: Counter[str] = Counter()
-    calls, begun = [], False
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"\d+ +(\w+)\(", line):
-            name = found[1]
-            counted[name] += 1
-            begun |= "AF_NETLINK" in line
-            if begun:
-                calls.append(Call(name, counted[name], line))
     return calls
-
-
-def disturbed(
-    place: Place, verb: str, call: Call, fault: str, *, folder: Path
-) -> tuple[Answer, bool]:
-    """The verb's answer with a fault injected into the call, and whether it took place."""
-    log = folder / f"log-{place.cni.run_dir.name}"
-    inject = f"inject={call.name}:{fault}"
-    # Not with --seccomp-bpf, which is quicker: strace 6.1 loses injected signals with it.
-    options = ("-f", "-o", str(log), "-e", f"trace={call.name}", "-e", inject)
-    cni = replace(place.cni, wrapper=("strace", *options))
-    answer = cni(verb, place.config, NETNS=place.pod)
-    return answer, "(INJECTED)" in log.read_text(encoding="utf-8")
 
 
 def side_by_side(

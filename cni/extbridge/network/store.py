@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -43,9 +44,25 @@ def load_network(name: str, directory: str) -> Network:
         )
     [(path, data)] = contents.items()
     try:
-        return parse_network(read_definition(data, path.suffix), name=name)
+        return _parse(data, path.suffix, name)
     except InvalidNetworkConfig as failure:
         raise InvalidNetworkConfig(f"{path}: {failure.message}", failure.hint) from failure
+
+
+def list_networks(directory: str) -> list[str]:
+    """The names of the networks that directory has files for, good or bad; none without it."""
+    try:
+        files = sorted(Path(directory).iterdir())
+    except FileNotFoundError:
+        return []
+    named = (file.stem for file in files if file.suffix in READERS)
+    return [name for name in dict.fromkeys(named) if not find_name_fault(name)]
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(data: bytes, suffix: str, name: str) -> Network:
+    # An agent is asked for the same few networks over and over; reading them is cheap, parsing not.
+    return parse_network(read_definition(data, suffix), name=name)
 
 
 def read_definition(data: bytes, suffix: str) -> JsonObject:
@@ -109,16 +126,12 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def _not_found(name: str, directory: str) -> InvalidNetworkConfig:
-    try:
-        files = sorted(Path(directory).iterdir())
-    except FileNotFoundError:
+    if not Path(directory).exists():
         return InvalidNetworkConfig(
             f"network {name} is not defined: there is no folder {directory}",
             f"write {directory}/{name}.yaml",
         )
-    defined = [
-        file.stem for file in files if file.suffix in READERS and not find_name_fault(file.stem)
-    ][:_MAX_LISTED]
+    defined = list_networks(directory)[:_MAX_LISTED]
     return InvalidNetworkConfig(
         f"network {name} is not defined in {directory}",
         allowed_hint(name, defined) if defined else f"write {directory}/{name}.yaml",

@@ -89,7 +89,7 @@ class WantedNic:
     vm: VmIdentity
 
 
-def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
+def wanted_nics(request: Request, networks_dir: str = DEFAULT_DIRECTORY) -> tuple[WantedNic, ...]:
     """The NICs that an ADD asks for; none where a chained pod's annotation asks for none.
 
     Of ADD only: the prevResult of other verbs already holds what ADD made. Raises
@@ -101,9 +101,9 @@ def wanted_nics(request: Request) -> tuple[WantedNic, ...]:
     annotations = _get_annotations(config)
     asked = _parse_asked(annotations)
     if _declares_annotations(config) and request.prev_result is not None:
-        networks = [_find_network(config, nic.name) for nic in asked]
+        networks = [_find_network(config, nic.name, networks_dir) for nic in asked]
     else:
-        network = configured_network(config)
+        network = configured_network(config, networks_dir)
         if network is None:
             raise InvalidNetworkConfig(
                 "the configuration says neither extbridge nor network",
@@ -141,7 +141,7 @@ def refuse_unknown_keys(config: JsonObject) -> None:
     refuse_unknown(ours, _CONFIG_KEYS)
 
 
-def configured_network(config: JsonObject) -> Network | None:
+def configured_network(config: JsonObject, networks_dir: str = DEFAULT_DIRECTORY) -> Network | None:
     """The one network that the configuration itself names or defines; None if neither.
 
     Raises InvalidNetworkConfig and IoFailure.
@@ -156,7 +156,7 @@ def configured_network(config: JsonObject) -> Network | None:
             f"the configuration names the network {describe(name)} and defines one: {inline}",
             "either name a network or define it here",
         )
-    return _supported(load_network(name, _networks_dir(config)))
+    return _supported(load_network(name, _networks_dir(config, networks_dir)))
 
 
 def inline_definition(config: JsonObject) -> JsonObject | None:
@@ -193,10 +193,10 @@ def _declares_annotations(config: JsonObject) -> bool:
     return capabilities.get(POD_ANNOTATIONS) is True
 
 
-def _networks_dir(config: JsonObject) -> str:
+def _networks_dir(config: JsonObject, default: str) -> str:
     given = get_str(config, "networksDir")
     if given is None:
-        return DEFAULT_DIRECTORY
+        return default
     if not given.startswith("/") or not given.isprintable():
         raise InvalidNetworkConfig(
             f"networksDir is {describe(given)}", f"it has to be a path from /: {DEFAULT_DIRECTORY}"
@@ -204,11 +204,11 @@ def _networks_dir(config: JsonObject) -> str:
     return given
 
 
-def _find_network(config: JsonObject, name: str) -> Network:
+def _find_network(config: JsonObject, name: str, networks_dir: str) -> Network:
     definition = inline_definition(config)
     if definition is not None and definition.get("name") == name:
         return _supported(parse_network(definition))
-    return _supported(load_network(name, _networks_dir(config)))
+    return _supported(load_network(name, _networks_dir(config, networks_dir)))
 
 
 def _supported(network: Network) -> Network:

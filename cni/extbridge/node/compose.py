@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import Final
 
 from extbridge.ledger import Ledger
-from extbridge.network.store import DEFAULT_DIRECTORY
+from extbridge.network.store import list_networks, load_network
 from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Services
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.plugin import verbs
 from extbridge.spec import skel
+from extbridge.spec.errors import CniError
+
+log = logging.getLogger(__name__)
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-def run_agent(run: Path, networks: Path, *, as_json: bool) -> None:
+def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
     """Be the node's agent until SIGTERM."""
     _log_to_stderr(as_json=as_json)
     ledger = Ledger(run)
-    served = verbs(ledger)
+    served = verbs(ledger, networks_dir)
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
         attachments=lambda: sum(1 for _ in ledger.entries()),
@@ -44,14 +47,26 @@ def run_agent(run: Path, networks: Path, *, as_json: bool) -> None:
         leases=partial(broker.leases_of, ledger),
         replay_spool=partial(reconcile.replay_spool, spool, served),
         repair=partial(reconcile.repair, ledger),
-        reload=lambda: None,
+        reload=partial(_report_networks, networks_dir),
         spool=spool,
     )
+    _report_networks(networks_dir)
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
         asyncio.run(agent.run(lambda: sockets.notify("READY=1")))
         sockets.notify("STOPPING=1")
+
+
+def _report_networks(directory: str) -> None:
+    """Say which definitions are good; each request reads them anew, so nothing else is due."""
+    for name in list_networks(directory):
+        try:
+            load_network(name, directory)
+        except CniError as error:
+            log.error("network %s: %s", name, error)  # noqa: TRY400 - the user's, no defect
+        else:
+            log.info("network %s is defined", name)
 
 
 def _log_to_stderr(*, as_json: bool) -> None:
