@@ -9,9 +9,9 @@ export EXTBRIDGE_GUEST := $(CURDIR)/.guest
 # Stamps are named for the content that they stand for: a checkout changes times, not content.
 digest = $(shell sha256sum $(1) | sha256sum | cut -c 1-16)
 SOURCES := $(sort $(shell find cni -type f -not -path '*/.*' -not -path '*/__pycache__/*' \
-	-not -path '*.egg-info/*'))
+	-not -path '*.egg-info/*' -not -path 'cni/extbridge/shim/*'))
 TOOLS := .venv/tools-$(call digest,pyproject.toml)
-WHEEL := .venv/wheel-$(call digest,pyproject.toml README.md LICENSE $(SOURCES))
+WHEEL := .venv/wheel-$(call digest,pyproject.toml setup.py README.md LICENSE $(SOURCES))
 
 .PHONY: demo test setup debian clean
 
@@ -53,5 +53,5 @@ $(WHEEL): $(TOOLS)
 	@touch $@
 
 clean:
-	rm -rf .venv .guest build dist cni/*.egg-info .hypothesis .*_cache
+	rm -rf .venv .guest build dist cni/*.egg-info cni/extbridge/shim .hypothesis .*_cache
 	find cni tests -name __pycache__ -prune -exec rm -rf {} +

@@ -78,6 +78,28 @@ def demo() -> None:
 
 @cli.command()
 @click.option(
+    "--shim-only",
+    is_flag=True,
+    required=True,
+    expose_value=False,
+    help="Nothing but these executables: the only way so far.",
+)
+@click.option(
+    "--bin-dir",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where the container runtime looks for CNI plugins.",
+)
+def install(bin_dir: Path) -> None:
+    """Put the CNI plugin `extbridge` and the launcher `extbridge-exec` into DIR."""
+    from extbridge.node.install import install_shim
+
+    install_shim(bin_dir)
+
+
+@cli.command()
+@click.option(
     "--run-dir",
     envvar="EXTBRIDGE_RUN",
     default="/run/extbridge",

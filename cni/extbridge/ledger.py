@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from extbridge.spec.errors import InvalidNetworkConfig, IoFailure
+from extbridge.spec.errors import InvalidNetworkConfig, IoFailure, NotPermitted
 from extbridge.spec.fields import get_bool, get_int, get_object, get_str
 
 RUN_VARIABLE: Final = "EXTBRIDGE_RUN"
@@ -263,6 +263,10 @@ def _needed(value: T | None) -> T:
 def _our_failure(what: str) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise NotPermitted(
+            f"{what}: {error.strerror or error}", "run this as root with all capabilities"
+        ) from error
     except OSError as error:
         raise IoFailure(
             f"{what}: {error.strerror or error}",

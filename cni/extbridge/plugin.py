@@ -41,6 +41,7 @@ from extbridge.spec.errors import (
     CniError,
     InvalidEnvironment,
     InvalidNetworkConfig,
+    IoFailure,
     KernelRefused,
     LimitedConnectivity,
     NameTaken,
@@ -101,8 +102,8 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
     with ExitStack() as closing:
         netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
         pod = None if netns is None else closing.enter_context(enter_pod(netns))
-        if ledger.knows(request.container_id):
-            held = closing.enter_context(ledger.hold(request.container_id))
+        held = closing.enter_context(_held_if_possible(ledger, request.container_id))
+        if held is not None:
             for entry in held.entries():
                 if entry.cni_ifname != request.ifname:
                     continue
@@ -259,6 +260,22 @@ def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[s
     if entries:
         unsilence_absent(pod.route)
     return {entry.definition: entry.ifname for entry in entries}
+
+
+@contextmanager
+def _held_if_possible(ledger: Ledger, container_id: str) -> Iterator[Held | None]:
+    """The container's part of the ledger, locked also where it is empty: an ADD may be under way.
+
+    None where the ledger cannot be written and does not know the container: then none can.
+    """
+    with ExitStack() as closing:
+        try:
+            held = closing.enter_context(ledger.hold(container_id))
+        except IoFailure:
+            if ledger.knows(container_id):
+                raise
+            held = None
+        yield held
 
 
 @contextmanager

@@ -59,7 +59,7 @@ static size_t transfer(int fd, short events, void *data, size_t size, size_t *ri
         /* A pipe that polls writable takes PIPE_BUF without blocking (fs/pipe.c, pipe_poll). */
         struct iovec part = {(char *)data + done, size - done < CHUNK ? size - done : CHUNK};
         struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control};
-        message.msg_controllen = rides && done == 0 ? *rides : 0;
+        message.msg_controllen = rides && done == 0 ? (socklen_t)*rides : 0;
         ssize_t n = events == POLLIN
             ? (rides ? recvmsg(fd, &message, MSG_CMSG_CLOEXEC) : readv(fd, &part, 1))
             : (rides ? sendmsg(fd, &message, MSG_NOSIGNAL) : writev(fd, &part, 1));

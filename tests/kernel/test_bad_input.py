@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
-from tests.kernel.observe import link_names, make_macvtap, network_config, picture
+from tests.kernel.observe import link_names, network_config, picture
 from tests.support import Cni
 
 MAC = "52:54:00:12:34:56"
@@ -22,13 +23,11 @@ NOBODY = "65534"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node with one NIC and one pod, and how they looked before the first request."""
+    """A node with one NIC and one pod, to which wrong requests come."""
 
     cni: Cni
-    lab: Lab
     nic: Nic
     pod: str
-    untouched: list[object]
 
     def refuses(
         self,
@@ -39,9 +38,10 @@ class Node:
         *,
         verb: str = "ADD",
         cni: Cni | None = None,
-        **variables: str | None,
+        variables: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         """Assert that the request gets this error, and that nothing is as a trace of it."""
+        before = picture(self.cni.run_dir, self.pod)
         answer = (cni or self.cni)(verb, config, **{"NETNS": self.pod, **variables})
         error = answer.error
         assert (answer.status, error["code"], answer.stderr) == (1, code, ""), error
@@ -49,52 +49,34 @@ class Node:
         assert told in str(error["msg"])
         assert hint in str(error["details"])
         assert error["details"]
-        self.assert_untouched()
-
-    def assert_untouched(self) -> None:
-        """Assert that there is no link, rule or ledger entry that was not there before."""
-        assert picture(self.cni.run_dir, self.pod) == self.untouched
+        assert picture(self.cni.run_dir, self.pod) == before
 
 
 @pytest.fixture(scope="module")
-def node_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """One for all tests here, because none leaves a trace on it."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One node for many tests, because none leaves a trace on it."""
     with Lab() as lab:
-        cni = Cni(tmp_path_factory.mktemp("node") / "run")
-        nic, pod = lab.nic(), lab.pod("vm")
-        yield Node(cni, lab, nic, pod, picture(cni.run_dir, pod))
+        yield Node(Cni(tmp_path_factory.mktemp("node") / "run"), lab.nic(), lab.pod("vm"))
 
 
-@pytest.fixture
-def victim(node_module: Node) -> Node:
-    return node_module
-
-
-BOMB = (
-    "<!DOCTYPE network [<!ENTITY a 'aaaaaaaaaa'>"
-    + "".join(
-        f"<!ENTITY {new} '{f'&{old};' * 10}'>"
-        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-    )
-    + "]><network><name>&i;</name></network>"
-)
-ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
-    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
+# A thousand million times what stands in them, for a reader that does as it is told.
+ENTITIES = "".join(f"<!ENTITY {b} '{f'&{a};' * 10}'>" for a, b in pairwise("abcdefghij"))
+XML_BOMB = f"<!DOCTYPE network [<!ENTITY a 'ha'>{ENTITIES}]><network><name>&j;</name></network>"
+ALIASES = "".join(f"{b}: &{b} [{f'*{a}, ' * 10}]\n" for a, b in pairwise("abcdefghij"))
+YAML_BOMB = f"a: &a [ha]\n{ALIASES}"
 
 
 @pytest.mark.parametrize(
     ("stdin", "code", "told", "hint"),
     [
         (b"", 6, "standard input is empty", ""),
-        (b"{", 6, "standard input is not JSON: ", "char 1"),
+        (b"{", 6, "standard input is not JSON: Expecting", "one object"),
         (b'{"name": "vepanet"} {}', 6, "standard input is not JSON: Extra data", ""),
-        (b"[]", 6, "standard input is a list", "an object"),
+        (b"[]", 6, "standard input is a list", "one object"),
         (b'{"name": "\xff"}', 6, "not UTF-8 at byte 10", ""),
         (b'{"name": "a", "name": "b"}', 6, 'twice in one object: the string "name"', "keep one"),
         (b'{"mtu": NaN}', 6, "it holds NaN", ""),
-        (b'{"mtu": 1e999}', 6, "number too large", ""),
+        (b'{"mtu": 1e999}', 6, "number too large", "64 bits"),
         (b'{"mtu": ' + b"9" * 5000 + b"}", 6, "standard input is not JSON", ""),
         (b'{"a":' * 101 + b"1" + b"}" * 101, 6, "nests objects and lists too deeply", "100 levels"),
         (b"[" * 500_000, 6, "nests objects and lists too deeply", "100 levels"),
@@ -106,10 +88,10 @@ ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
 )
 @pytest.mark.parametrize("verb", ["ADD", "DEL"])
 def test_standard_input_that_is_no_configuration(
-    victim: Node, *, verb: str, stdin: bytes, code: int, told: str, hint: str
+    shared: Node, *, verb: str, stdin: bytes, code: int, told: str, hint: str
 ) -> None:
     """What is not JSON, or not only JSON, is refused, in whatever way a reader could trip over."""
-    victim.refuses(code, told, hint, stdin, verb=verb)
+    shared.refuses(code, told, hint, stdin, verb=verb)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +122,7 @@ def test_standard_input_that_is_no_configuration(
         ({"mtu": 1500.0}, "mtu is the number 1500.0", "a whole number"),
         ({"mtu": 67}, "mtu is the number 67", "allowed: 68 to 65535"),
         ({"mtu": 65536}, "mtu is the number 65536", "allowed: 68 to 65535"),
-        ({"mtu": 1501}, "mtu: 1501 is more than the 1500 of NIC", "at most 1500"),
+        ({"mtu": 1501}, "mtu: 1501 is more than the 1500 of ", "at most 1500"),
         ({"queues": 0}, "queues is the number 0", "allowed: 1 to 256"),
         ({"queues": 257}, "queues is the number 257", "allowed: 1 to 256"),
         ({"queues": True}, "queues is true", "a whole number"),
@@ -190,15 +172,10 @@ def test_standard_input_that_is_no_configuration(
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
 )
 def test_configuration_that_is_wrong(
-    victim: Node, keys: dict[str, object], told: str, hint: str
+    shared: Node, keys: dict[str, object], told: str, hint: str
 ) -> None:
     """The wrong key is named with what was given, what is allowed, and the nearest spelling."""
-    victim.refuses(
-        7,
-        told.replace("NIC", victim.nic.name, told.count("of NIC")),
-        hint,
-        network_config(victim.nic, **keys),
-    )
+    shared.refuses(7, told, hint, network_config(shared.nic, **keys))
 
 
 @pytest.mark.parametrize(
@@ -206,15 +183,15 @@ def test_configuration_that_is_wrong(
     [
         ("01:00:5e:00:00:01", "a group address", "even first octet"),
         ("ff:ff:ff:ff:ff:ff", "a group address", "even first octet"),
-        ("00:00:00:00:00:00", "all zeros", "some NIC's"),
-        ("52:54:00:12:34", "not a MAC address", "six octets"),
-        ("52:54:00:12:34:56:78:9a", "not a MAC address", "six octets"),
-        ("52:54:00:12-34-56", "not a MAC address", "six octets"),
-        ("525400123456", "not a MAC address", "six octets"),
-        ("52:54:00:12:34:5g", "not a MAC address", "six octets"),
+        ("00:00:00:00:00:00", "which is all zeros", "some NIC's"),
+        ("52:54:00:12:34", "which is not a MAC address", "six octets"),
+        ("52:54:00:12:34:56:78:9a", "which is not a MAC address", "six octets"),
+        ("52:54:00:12-34-56", "which is not a MAC address", "six octets"),
+        ("525400123456", "which is not a MAC address", "six octets"),
+        ("52:54:00:12:34:5g", "which is not a MAC address", "six octets"),
     ],
 )
-def test_mac_that_no_nic_can_have(victim: Node, mac: str, told: str, hint: str) -> None:
+def test_mac_that_no_nic_can_have(shared: Node, mac: str, told: str, hint: str) -> None:
     """Wherever a MAC comes from, one that is none is refused with the name of its source."""
     capability = "io.kubernetes.cri.pod-annotations"
     asked = json.dumps({"name": "vepanet", "mac": mac})
@@ -228,11 +205,12 @@ def test_mac_that_no_nic_can_have(victim: Node, mac: str, told: str, hint: str) 
         },
     }
     for source, keys in sources.items():
-        message = f'{source} is the string "{mac}", '
-        victim.refuses(7, message, hint, network_config(victim.nic, **keys))
-        victim.refuses(7, told, hint, network_config(victim.nic, **keys))
-    config = network_config(victim.nic)
-    victim.refuses(4, "MAC of CNI_ARGS is the string", hint, config, ARGS=f"MAC={mac}")
+        message = f'{source} is the string "{mac}", {told}'
+        shared.refuses(7, message, hint, network_config(shared.nic, **keys))
+    config = network_config(shared.nic)
+    shared.refuses(
+        4, "MAC of CNI_ARGS is the string", hint, config, variables={"ARGS": f"MAC={mac}"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +227,7 @@ def test_mac_that_no_nic_can_have(victim: Node, mac: str, told: str, hint: str) 
         ({"CONTAINERID": "a" * 201}, "CNI_CONTAINERID is the string", "at most 200 bytes"),
         ({"IFNAME": None}, "CNI_IFNAME missing", "ADD needs"),
         ({"IFNAME": "sixteen-bytes-xx"}, "CNI_IFNAME is the string", "at most 15 bytes"),
-        ({"IFNAME": "eight-ÜÜÜÜ"}, "CNI_IFNAME is the string", "without / : %"),
+        ({"IFNAME": "eight-ÜÜÜÜÜ"}, "CNI_IFNAME is the string", "15 bytes long and is 16"),
         ({"IFNAME": "a/b"}, 'CNI_IFNAME is the string "a/b"', "without /"),
         ({"IFNAME": ".."}, 'CNI_IFNAME is the string ".."', "another name"),
         ({"IFNAME": "a b"}, 'CNI_IFNAME is the string "a b"', "white space"),
@@ -264,10 +242,10 @@ def test_mac_that_no_nic_can_have(victim: Node, mac: str, told: str, hint: str) 
     ids=str,
 )
 def test_environment_that_is_wrong(
-    victim: Node, variables: dict[str, str | None], told: str, hint: str
+    shared: Node, variables: dict[str, str | None], told: str, hint: str
 ) -> None:
     """The variable is named, with what it holds and what it has to hold."""
-    victim.refuses(4, told, hint, network_config(victim.nic), **variables)
+    shared.refuses(4, told, hint, network_config(shared.nic), variables=variables)
 
 
 @pytest.mark.parametrize("verb", ["DEL", "CHECK"])
@@ -281,11 +259,11 @@ def test_environment_that_is_wrong(
     ids=str,
 )
 def test_environment_that_is_wrong_for_other_verbs(
-    victim: Node, verb: str, variables: dict[str, str | None], told: str
+    shared: Node, verb: str, variables: dict[str, str | None], told: str
 ) -> None:
     """No verb makes a path or a name of what is none."""
-    config = network_config(victim.nic, prevResult={"cniVersion": "1.1.0"})
-    victim.refuses(4, told, "", config, verb=verb, **variables)
+    config = network_config(shared.nic, prevResult={"cniVersion": "1.1.0"})
+    shared.refuses(4, told, "", config, verb=verb, variables=variables)
 
 
 @pytest.mark.parametrize(
@@ -304,20 +282,20 @@ def test_environment_that_is_wrong_for_other_verbs(
     ],
     ids=lambda value: value[:20],
 )
-def test_namespace_that_is_none(victim: Node, tmp_path: Path, path: str, told: str) -> None:
+def test_namespace_that_is_none(shared: Node, tmp_path: Path, path: str, told: str) -> None:
     """What is not another network namespace is refused: nothing waits for it, nothing enters it."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     path = path.replace("FOLDER", str(tmp_path))
-    config = network_config(victim.nic)
-    victim.refuses(4, told.replace("PATH", path), "", config, NETNS=path)
+    config = network_config(shared.nic)
+    shared.refuses(4, told.replace("PATH", path), "", config, variables={"NETNS": path})
 
 
 @pytest.mark.parametrize(
     ("spoil", "dev", "code", "told", "hint"),
     [
-        ("", "nope", 7, "the node has no NIC 'nope'", "it has {nic}"),
+        ("", "nope", 7, "the node has no NIC 'nope'", "{nic}"),
         ("", "lo", 7, "lo is the loopback", "an Ethernet NIC"),
         ("link set {nic} down", "{nic}", 11, "{nic} is down", "ip link set {nic} up"),
         ("link set {nic} master xbbr0", "{nic}", 7, "{nic} is a port of bridge xbbr0", "Ethernet"),
@@ -347,9 +325,9 @@ def test_nic_that_cannot_carry_a_network(
     try:
         if spoil:
             run("ip", *spoil.format(nic=nic.name).split())
-        victim = Node(cni, lab, nic, pod, picture(cni.run_dir, pod))
+        node = Node(cni, nic, pod)
         config = network_config(nic, extbridge={"dev": dev.format(nic=nic.name)})
-        victim.refuses(code, told.format(nic=nic.name), hint.format(nic=nic.name), config)
+        node.refuses(code, told.format(nic=nic.name), hint.format(nic=nic.name), config)
     finally:
         for name in link_names() & {"xbbr0", "xbtap0", "xbvlan0", "xbtun0"}:
             run("ip", "link", "delete", name)
@@ -362,13 +340,19 @@ def test_nic_that_cannot_carry_a_network(
         ("blue.json", "{", 7, "/blue.json: line 1, column 2: ", "it has to be JSON"),
         ("blue.json", '{"mtu": 1, "mtu": 2}', 7, "/blue.json: a key is twice", "keep one"),
         ("blue.json", "[]", 7, "the definition is a list", "an object"),
-        ("blue.json", '{"name": "red"}', 7, 'name is the string "red"', "blue"),
+        (
+            "blue.json",
+            '{"name": "red", "extbridge": {"dev": "a"}}',
+            7,
+            'name is the string "red"',
+            "blue",
+        ),
         ("blue.json", "\xff", 7, "/blue.json: byte 0 is not UTF-8", "UTF-8"),
         ("blue.json", " " * (256 * 1024) + "{}", 7, "too many", "256 KiB"),
         ("blue.json", '{"extbridge": {"dev": "a"}, "mtu": 9', 7, "line 1, column 37", "JSON"),
         ("blue.yaml", "extbridge: {dev: [}", 7, "/blue.yaml: line 1, column 19: ", "YAML"),
         ("blue.yaml", "- a", 7, "the definition is a list", "an object"),
-        ("blue.yaml", ALIAS_BOMB, 7, "an a", "line 1"),
+        ("blue.yaml", YAML_BOMB, 7, "line 1, column 4: an anchor", "leave it out"),
         ("blue.yaml", "a: *b", 7, "an alias", "write the value out"),
         ("blue.yaml", "!!python/object/apply:os.system [id]", 7, "line 1, column 1: a tag", ""),
         ("blue.yaml", "a: 1\na: 2", 7, "line 2, column 1: a key is twice", "keep one"),
@@ -376,7 +360,7 @@ def test_nic_that_cannot_carry_a_network(
         ("blue.yaml", "[" * 500, 7, "nest too deeply", "20 levels"),
         ("blue.yaml", "extbridge: {dev: a, mode: veepa}", 7, "extbridge.mode", "vepa?"),
         ("blue.xml", "<network>", 7, "/blue.xml: line 1, column 10: ", "XML"),
-        ("blue.xml", BOMB, 7, "line 1: a DOCTYPE", "leave it out"),
+        ("blue.xml", XML_BOMB, 7, "line 1: a DOCTYPE", "leave it out"),
         (
             "blue.xml",
             "<!DOCTYPE x SYSTEM 'file:///etc/passwd'><network/>",
@@ -400,68 +384,70 @@ def test_nic_that_cannot_carry_a_network(
     ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
 def test_definition_file_that_is_wrong(
-    victim: Node, tmp_path: Path, *, file: str, content: str, code: int, told: str, hint: str
+    shared: Node, tmp_path: Path, *, file: str, content: str, code: int, told: str, hint: str
 ) -> None:
     """The file is named, the place in it, and what is wrong there; none costs time or memory."""
     (tmp_path / file).write_text(content, encoding="latin-1")
-    victim.refuses(code, told, hint, _blue(tmp_path))
+    shared.refuses(code, told, hint, _blue(tmp_path))
 
 
-def test_definition_that_is_no_file_or_two(victim: Node, tmp_path: Path) -> None:
+def test_definition_that_is_no_file_or_two(shared: Node, tmp_path: Path) -> None:
     """A definition is one regular file, in a folder that there is, under the network's own name."""
     config = _blue(tmp_path)
     hint = f"write {tmp_path}/blue.yaml"
-    victim.refuses(7, "network blue is not defined in ", hint, config)
-    victim.refuses(
+    shared.refuses(7, "network blue is not defined in ", hint, config)
+    shared.refuses(
         7, "there is no folder /no/such", "write /no/such", {**config, "networksDir": "/no/such"}
     )
-    victim.refuses(7, "networksDir is the string", "a path from /", {**config, "networksDir": "x"})
-    victim.refuses(7, "network is the string", "letter or digit", {**config, "network": "../blue"})
+    shared.refuses(7, "networksDir is the string", "a path from /", {**config, "networksDir": "x"})
+    shared.refuses(7, "network is the string", "letter or digit", {**config, "network": "../blue"})
     for path, make in ((tmp_path / "blue.yaml", os.mkfifo), (tmp_path / "blue.xml", os.mkdir)):
         make(path)
-        victim.refuses(5, f"{path} ", "", config)
+        shared.refuses(5, f"{path} ", "", config)
         path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / "blue.yaml").write_text("{}")
     (tmp_path / "blue.json").write_text("{}")
-    victim.refuses(7, "network blue is defined more than once: ", "keep one", config)
+    shared.refuses(7, "network blue is defined more than once: ", "keep one", config)
 
 
-def test_default_folder_is_named(victim: Node) -> None:
+def test_default_folder_is_named(shared: Node) -> None:
     """Without networksDir, definitions are looked for where README says."""
     config = {"cniVersion": "1.1.0", "name": "cluster", "type": "extbridge", "network": "no-such"}
-    victim.refuses(7, "/etc/cni/extbridge.d", "/etc/cni/extbridge.d/no-such.yaml", config)
+    shared.refuses(7, "/etc/cni/extbridge.d", "/etc/cni/extbridge.d/no-such.yaml", config)
 
 
-def test_interface_name_that_the_pod_has_already(victim: Node) -> None:
+def test_interface_name_that_the_pod_has_already(shared: Node) -> None:
     """An interface of the pod is never replaced."""
-    config = network_config(victim.nic)
-    victim.refuses(103, "an interface named lo already", "another name", config, IFNAME="lo")
+    config = network_config(shared.nic)
+    shared.refuses(
+        103, "an interface named lo already", "another name", config, variables={"IFNAME": "lo"}
+    )
 
 
-def test_caller_without_root(victim: Node, tmp_path: Path) -> None:
+def test_caller_without_root(shared: Node, tmp_path: Path) -> None:
     """An unprivileged caller is told that root is needed, not what failed for want of it."""
     # It may read everything, so that where interpreter and package are does not matter.
     wrapper = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
                "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search",
                "--bounding-set=-all,+dac_read_search")  # fmt: skip
-    config = network_config(victim.nic)
-    nobody = replace(victim.cni, wrapper=wrapper)
-    victim.refuses(101, "denied", "as root", config, cni=nobody)
+    config = network_config(shared.nic)
+    nobody = replace(shared.cni, wrapper=wrapper)
+    shared.refuses(101, "denied", "as root", config, cni=nobody)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     os.chown(run_dir, int(NOBODY), int(NOBODY))
     tmp_path.chmod(0o755)
-    victim.refuses(101, "ermitted", "as root", config, cni=replace(nobody, run_dir=run_dir))
+    shared.refuses(101, "ermitted", "as root", config, cni=replace(nobody, run_dir=run_dir))
     assert list(run_dir.glob("ledger/*")) == []
 
 
-def test_run_folder_that_is_read_only(victim: Node, tmp_path: Path) -> None:
+def test_run_folder_that_is_read_only(shared: Node, tmp_path: Path) -> None:
     """ADD is refused where its traces could not be kept; DEL of nothing has nothing to write."""
-    config = network_config(victim.nic)
+    config = network_config(shared.nic)
     with _mounted(tmp_path, "ro") as run_dir:
-        cni = replace(victim.cni, run_dir=run_dir)
-        victim.refuses(5, f"{run_dir}/ledger", "writable", config, cni=cni)
-        assert cni("DEL", config, NETNS=victim.pod).status == 0
+        cni = replace(shared.cni, run_dir=run_dir)
+        shared.refuses(5, f"{run_dir}/ledger", "writable", config, cni=cni)
+        assert cni("DEL", config, NETNS=shared.pod).status == 0
 
 
 def test_run_folder_that_became_read_only(cni: Cni, nic: Nic, pod: str, tmp_path: Path) -> None:
@@ -473,25 +459,25 @@ def test_run_folder_that_became_read_only(cni: Cni, nic: Nic, pod: str, tmp_path
         run("mount", "-o", "remount,ro", str(run_dir))
         error = cni("DEL", config, NETNS=pod).error
         assert (error["code"], link_names(pod)) == (5, {"lo"})
-        assert f"{run_dir}/ledger/container-1/net1.json" in str(error["msg"])
+        assert "could not forget net1 of container-1" in str(error["msg"])
         run("mount", "-o", "remount,rw", str(run_dir))
         assert cni("DEL", config, NETNS=pod).status == 0
         assert list(run_dir.glob("ledger/*")) == []
 
 
 @pytest.mark.parametrize("room", [0, 1], ids=["at the intent", "when all is done"])
-def test_run_folder_that_is_full(victim: Node, tmp_path: Path, room: int) -> None:
+def test_run_folder_that_is_full(shared: Node, tmp_path: Path, room: int) -> None:
     """Whichever record of an ADD finds no room, nothing is left of it, and the folder is named."""
     # A file takes a page; the second record stands beside the first until it takes its place.
     size = 4096 * (1 + room)
     with _mounted(tmp_path, f"size={size}") as run_dir:
         (run_dir / "filler").write_bytes(bytes(4096))
-        cni = replace(victim.cni, run_dir=run_dir)
-        victim.refuses(
+        cni = replace(shared.cni, run_dir=run_dir)
+        shared.refuses(
             5,
-            f"{run_dir}/ledger/container-1/net1.json",
+            "could not record net1 of container-1",
             "room",
-            network_config(victim.nic),
+            network_config(shared.nic),
             cni=cni,
         )
         assert [str(path.relative_to(run_dir)) for path in sorted(run_dir.rglob("*"))] == [

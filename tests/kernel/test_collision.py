@@ -87,10 +87,9 @@ def test_tap_that_answers_with_another_mac_is_refused(
     else:
         run("ip", "link", "set", "net1", "address", OTHER_MAC, netns=pod)
     assert show_link("net1", pod)["address"] == OTHER_MAC
-    before = os.listdir("/proc/self/fd")
     with pytest.raises(WrongTap, match=OTHER_MAC), taken_taps(pod, cni.run_dir):
         pytest.fail("handed on")
-    assert os.listdir("/proc/self/fd") == before
+    assert open_taps() == []
 
 
 def test_node_of_another_pods_macvtap_is_refused(
@@ -112,6 +111,7 @@ def test_node_of_another_pods_macvtap_is_refused(
         held.write(entry)
     with pytest.raises(WrongTap, match=OTHER_MAC), taken_taps(pod, run_dir):
         pytest.fail("handed on")
+    assert open_taps() == []
 
 
 @contextmanager
@@ -132,6 +132,12 @@ def senders(ports: Mapping[str, socket.socket]) -> list[tuple[str, bytes]]:
         for it in receive(port, seconds=WAIT)
         if not it.sent
     ]
+
+
+def open_taps() -> list[str]:
+    """The device nodes of taps that this process has open."""
+    opened = [os.readlink(fd.path) for fd in os.scandir("/proc/self/fd") if fd.is_symlink()]
+    return [path for path in opened if "/tap" in path]
 
 
 def frames_at(tap: int) -> list[bytes]:

@@ -48,6 +48,7 @@ _MACVLAN_FLAG_NOPROMISC = 1
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
 _IFF_NOARP = 0x80
+_IFF_ALLMULTI = 0x200
 
 _ARPHRD_ETHER = 1
 
@@ -107,10 +108,15 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
 
     `route` is a socket of the namespace the NIC is in. No IFLA_LINK_NETNSID: with it, older
     kernels make the link first and move it after (rtnl_newlink_create).
+
+    ALLMULTI because only the guest knows the groups it has joined, and one that hears none has no
+    IPv6 (macvlan_broadcast asks the link's own filter). It is given while the link is DOWN: given
+    later, the NIC under a passthru link would stay ALLMULTI for good (macvlan_stop).
     """
+    link_flags = _IFF_NOARP | _IFF_ALLMULTI
     flags = _MACVLAN_FLAG_NOPROMISC if wanted.mode is Mode.PASSTHRU else 0
     payload = (
-        _IFINFO.pack(0, 0, wanted.ifindex, _IFF_NOARP, _IFF_NOARP)
+        _IFINFO.pack(0, 0, wanted.ifindex, link_flags, link_flags)
         + text(_IFLA_IFNAME, wanted.name)
         + u32(_IFLA_LINK, wanted.lower)
         + u32(_IFLA_NET_NS_FD, netns)

@@ -130,7 +130,7 @@ class Netlink:
         text is the kernel's extended acknowledgement where there is one.
         """
         last = self._send([(kind, flags | NLM_F_REQUEST | NLM_F_ACK, payload)])
-        return self._receive(last, what)
+        return self._receive(last, last, what)
 
     def transaction(
         self,
@@ -149,9 +149,9 @@ class Netlink:
         batch += [(kind, flags | NLM_F_REQUEST, payload) for kind, flags, payload in messages]
         kind, flags, payload = batch[-1]
         batch[-1] = (kind, flags | NLM_F_ACK, payload)
-        last = self._sequence + len(batch)
+        first = self._sequence + 1
         self._send([*batch, (end[0], NLM_F_REQUEST, end[1])])
-        self._receive(last, what)
+        self._receive(first, first + len(batch) - 1, what)
 
     def _send(self, messages: list[tuple[int, int, bytes]]) -> int:
         data = bytearray()
@@ -162,8 +162,8 @@ class Netlink:
         self._socket.send(data)
         return self._sequence
 
-    def _receive(self, last: int, what: str) -> list[bytes]:
-        """Collect answers until message `last` is done with, or any message is refused."""
+    def _receive(self, first: int, last: int, what: str) -> list[bytes]:
+        """Collect answers until message `last` is done with, or any from `first` on is refused."""
         answers: list[bytes] = []
         while True:
             data = self._socket.recv(_RECEIVE)
@@ -172,6 +172,9 @@ class Netlink:
                 length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
                 payload = data[at + _HEADER.size : at + length]
                 at += length + -length % 4
+                if sequence < first:
+                    # Of a batch before, of which more than one message was refused.
+                    continue
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     # A dump's end carries an errno too (netlink_dump_done), a bare one without.
                     code = _ERROR.unpack_from(payload)[0] if payload else 0

@@ -6,6 +6,7 @@ it restarts waits in the queue.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from extbridge.spec.errors import TryAgainLater
 
 CNI_SOCKET: Final = "cni.sock"
 METRICS_SOCKET: Final = "metrics.sock"
@@ -35,7 +38,10 @@ class Sockets:
 
 @contextmanager
 def listening(run: Path) -> Iterator[Sockets]:
-    """The sockets in the run folder, which is made where it is missing; closed after the block."""
+    """The sockets in the run folder, which is made where it is missing; closed after the block.
+
+    Raises TryAgainLater if another agent serves the folder.
+    """
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
     (run / SPOOL_FOLDER).mkdir(mode=0o700, exist_ok=True)
     pod = run / POD_FOLDER
@@ -43,6 +49,7 @@ def listening(run: Path) -> Iterator[Sockets]:
     # What a pod needs to see, whatever the umask.
     pod.chmod(0o755)
     with ExitStack() as closing:
+        _lock(run, closing)
         inherited = {}
         for fd in _listen_fds():
             held = closing.enter_context(socket.socket(fileno=fd))
@@ -63,6 +70,16 @@ def notify(state: str) -> None:
     name = "\0" + address[1:] if address.startswith("@") else address
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.sendto(state.encode(), name)
+
+
+def _lock(run: Path, closing: ExitStack) -> None:
+    """Be the only agent in the folder: the kernel lets go of the lock when this process ends."""
+    folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    closing.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TryAgainLater(f"another agent serves {run}", "stop that one first") from error
 
 
 def _listen(

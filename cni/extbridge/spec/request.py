@@ -24,6 +24,8 @@ from extbridge.spec.result import get_interfaces
 
 MAX_STDIN_BYTES: Final = 1 << 20
 
+_ONE_OBJECT = "it has to be one object, the network configuration"
+
 _MAX_DEPTH = 100
 """Objects and lists within each other. Far below Python's recursion limit, so that what was read
 can also be copied and written again."""
@@ -267,14 +269,16 @@ def _decode(stdin: bytes) -> JsonObject:
             parse_float=_read_float,
         )
     except UnicodeDecodeError as failure:
-        raise DecodeFailure(f"standard input is not UTF-8 at byte {failure.start}") from failure
+        raise DecodeFailure(
+            f"standard input is not UTF-8 at byte {failure.start}", "JSON is UTF-8 (RFC 8259)"
+        ) from failure
     except RecursionError as failure:
         raise _too_deep() from failure
     except ValueError as failure:
         # JSONDecodeError, or the ValueError of an int of more than 4300 digits.
-        raise DecodeFailure(f"standard input is not JSON: {failure}") from failure
+        raise DecodeFailure(f"standard input is not JSON: {failure}", _ONE_OBJECT) from failure
     if not isinstance(value, dict):
-        raise DecodeFailure(f"standard input is {describe(value)}", "it has to be an object")
+        raise DecodeFailure(f"standard input is {describe(value)}", _ONE_OBJECT)
     _limit_depth(value)
     return value
 
@@ -291,13 +295,13 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse_constant(constant: str) -> object:
-    raise DecodeFailure(f"standard input is not JSON: it holds {constant}")
+    raise DecodeFailure(f"standard input is not JSON: it holds {constant}", "leave it out")
 
 
 def _read_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise DecodeFailure("standard input holds a number too large for 64 bits")
+        raise DecodeFailure("standard input holds a number too large", "allowed: 64 bits")
     return number
 
 
