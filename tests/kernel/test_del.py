@@ -62,6 +62,7 @@ def test_del_leaves_nothing(nic: Nic, pod: str, cni: Cni, mode: str) -> None:
     assert leftovers(pod, cni.run_dir) == []
     assert show_link(nic.name)["address"] == before
     assert show_link(nic.name)["promiscuity"] == 0
+    assert show_link(nic.name)["allmulti"] == 0
 
 
 def test_del_twice(config: dict[str, object], pod: str, cni: Cni) -> None:

@@ -107,7 +107,7 @@ def test_vhost_fds_that_are_not_there_are_refused(pod: str, vhost: bool) -> None
 
 
 def test_vhost_node_without_a_driver_counts_as_none(pod: str, vhost: bool) -> None:  # noqa: FBT001
-    """A node that udev made for a driver that then is not there does not keep a VM from starting."""
+    """A node that udev made for a driver that is not there does not keep a VM from starting."""
     node = Path("/dev/vhost-net")
     if not vhost:
         os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(MISC_MAJOR, NO_MINOR))

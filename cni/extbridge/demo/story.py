@@ -162,7 +162,7 @@ def _play(console: Console, folder: Path) -> list[Claim]:
             bridged = _ping(scene, guest, "reflective relay off")
         _detach(scene, "bridge")
         left = _traces(scene, vepa + bridge)
-        [link] = _list_links("", besides=("lo",))
+        [link] = json.loads(run("ip", "-json", "link", "show", scene.nic.name))
         frames = 2 * _PINGS
         return [
             Claim("vepa: a pings b", "0% lost", reflected.lost, reflected.rtt),
@@ -261,7 +261,7 @@ def _booted(scene: _Scene) -> Iterator[Guest]:
 
 
 def _ping(scene: _Scene, guest: Guest, how: str) -> _Ping:
-    command = f"ping -c {_PINGS} -i 0.2 -W 1 {_ADDRESSES['b']}"
+    command = f"ping -c {_PINGS} -i 0.2 -W 3 {_ADDRESSES['b']}"
     with scene.lab.packets(scene.lab.switch, scene.nic.port) as port:
         with _step(scene.console, f"ping, {how}"):
             said = guest.run(command).output
