@@ -80,7 +80,9 @@ class Cni:
         given = config if isinstance(config, bytes) else json.dumps(config).encode()
         with self.start(verb, **variables) as process:
             stdout, stderr = process.communicate(given, timeout=60)
-        return Answer(process.returncode, json.loads(stdout) if stdout else None, stderr.decode())
+        answered = json.loads(stdout) if stdout else None
+        assert (answered is None) == (not stdout), "null is no answer"
+        return Answer(process.returncode, answered, stderr.decode())
 
 
 def executable(name: str) -> str:

@@ -15,7 +15,7 @@ from extbridge.demo.lab import Lab, Nic, run
 from tests.kernel.observe import link_names, make_macvtap, network_config, picture, show_link
 from tests.support import Cni
 
-MAC = "52:54:00:12:34:56"
+MAC = "52:54:00:ab:cd:ef"
 ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
 RTMGRP_LINK = 1
 
@@ -28,7 +28,7 @@ SPELLINGS = {
 }
 FORWARDS = [
     "<forward mode='bridge' dev='NIC'/>",
-    "<forward mode='bridge'><interface dev='NIC'/></forward>",
+    "<forward mode='bridge'><interface dev='NIC' connections='1'/></forward>",
     "<forward dev='NIC' mode='bridge'><interface dev='NIC'/></forward>",
 ]
 
@@ -173,15 +173,14 @@ def test_derived_mac_is_the_vm_s_own(cni: Cni, lab: Lab, nic: Nic) -> None:
 def test_passthru_is_alone_on_its_nic(cni: Cni, lab: Lab, nic: Nic, mode: str, other: str) -> None:
     """A second attachment is refused while one of them needs the whole NIC, and told who has it."""
     pods = [lab.pod("one"), lab.pod("two")]
-    args = "K8S_POD_NAMESPACE=prod;K8S_POD_NAME=vm-a"
-    assert cni("ADD", network_config(nic, mode), NETNS=pods[0], ARGS=args).status == 0
+    _add_for_vm_a(cni, network_config(nic, mode), pods[0], lab.nic())
     before = picture(cni.run_dir, *pods)
     for refused in {other, "passthru"}:
         config = network_config(nic, refused)
         error = cni("ADD", config, NETNS=pods[1], CONTAINERID="c2").error
         assert error["code"] == 105
         assert nic.name in str(error["msg"])
-        assert "net1 of prod/vm-a" in str(error["msg"])
+        assert str(error["msg"]).endswith(": net1 of prod/vm-a")
         assert picture(cni.run_dir, *pods) == before
     assert cni("DEL", network_config(nic, mode), NETNS=pods[0]).status == 0
     assert cni("ADD", network_config(nic, other), NETNS=pods[1]).status == 0
@@ -221,14 +220,12 @@ def test_mac_in_use_is_refused_with_the_holder_s_name(
         make_macvtap(nic, "foreign", pods[0], MAC)
         told = "a link that extbridge did not make"
     else:
-        args = "K8S_POD_NAMESPACE=prod;K8S_POD_NAME=vm-a"
-        assert cni("ADD", network_config(nic, mac=mac), NETNS=pods[0], ARGS=args).status == 0
+        _add_for_vm_a(cni, network_config(nic, mac=mac), pods[0], lab.nic())
     before = picture(cni.run_dir, *pods)
     config = network_config(nic, mac=mac.upper())
     error = cni("ADD", config, NETNS=pods[1], CONTAINERID="container-2").error
     assert error["code"] == 104
-    assert mac in str(error["msg"])
-    assert told in str(error["msg"])
+    assert error["msg"] == f"the MAC {mac} is in use on {nic.name} by {told}"
     assert picture(cni.run_dir, *pods) == before
 
 
@@ -238,6 +235,14 @@ def test_one_mac_may_be_on_two_nics(cni: Cni, lab: Lab, nic: Nic, pod: str) -> N
         config = network_config(lower, mac=MAC)
         assert cni("ADD", config, NETNS=pod, IFNAME=ifname).status == 0
     assert [show_link(name, pod)["address"] for name in ("net1", "net2")] == [MAC, MAC]
+
+
+def _add_for_vm_a(cni: Cni, config: dict[str, object], pod: str, elsewhere: Nic) -> None:
+    """Give the VM its NIC, and another VM the like on another NIC, where it is in nobody's way."""
+    other = {**config, "extbridge": {"dev": elsewhere.name}}
+    for vm, ifname, given in (("vm-a", "net1", config), ("vm-b", "net2", other)):
+        args = f"K8S_POD_NAMESPACE=prod;K8S_POD_NAME={vm}"
+        assert cni("ADD", given, NETNS=pod, ARGS=args, IFNAME=ifname).status == 0
 
 
 def _add_blue(cni: Cni, pod: str, folder: Path) -> dict[str, Any]:

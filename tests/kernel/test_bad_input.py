@@ -359,6 +359,7 @@ def test_nic_that_cannot_carry_a_network(
         ("blue.yaml", "a: 1\n---\na: 2", 7, "a second document", "one network"),
         ("blue.yaml", "[" * 500, 7, "nest too deeply", "20 levels"),
         ("blue.yaml", "extbridge: {dev: a, mode: veepa}", 7, "extbridge.mode", "vepa?"),
+        ("blue.yaml", "{extbridge: {dev: a}, mtuu: 1}", 7, "/blue.yaml: mtuu is not", "mtu?"),
         ("blue.xml", "<network>", 7, "/blue.xml: line 1, column 10: ", "XML"),
         ("blue.xml", XML_BOMB, 7, "line 1: a DOCTYPE", "leave it out"),
         (

@@ -14,7 +14,7 @@ from extbridge.demo.lab import Lab, Nic, run
 from tests.kernel.observe import network_config, show_link
 from tests.support import Answer, Cni
 
-MAC = "52:54:00:12:34:56"
+MAC = "52:54:00:ab:cd:ef"
 SILENT = Answer(0, None, "")
 
 

@@ -113,7 +113,7 @@ def test_add_while_a_del_is_under_way(nic: Nic, pod: str, cni: Cni, tmp_path: Pa
         for call in recorded(cni, "DEL", config, pod, tmp_path / "recorded")
         if call.name in {"mkdir", "flock", "sendto", "rmdir"}
     ]
-    assert len(calls) > 5
+    assert len(calls) >= 5
     for call in calls:
         log = tmp_path / "log"
         log.write_bytes(b"")

@@ -123,13 +123,32 @@ def test_del_when_another_namespace_took_the_path(
     assert ledger_of(cni.run_dir) == ["container-2", "container-2/net1.json"]
 
 
-@pytest.mark.parametrize("lost", [{"ledger"}, {"prevResult"}, {"ledger", "prevResult"}], ids=str)
+@pytest.mark.parametrize(
+    "lost",
+    [{"ledger"}, {"prevResult"}, {"ledger", "prevResult"}],
+    ids=["ledger", "prevResult", "both"],
+)
 def test_del_without_memory(config: dict[str, object], pod: str, cni: Cni, lost: set[str]) -> None:
     """The link itself knows whose it is: neither ledger nor prevResult is needed to find it."""
     if "ledger" in lost:
         shutil.rmtree(cni.run_dir)
     if "prevResult" in lost:
         del config["prevResult"]
+    delete(cni, config, pod)
+    assert leftovers(pod, cni.run_dir) == []
+
+
+@pytest.mark.parametrize("known_by", ["name", "MAC"])
+def test_del_of_an_unfinished_link_without_ledger(
+    config: dict[str, object], pod: str, cni: Cni, known_by: str
+) -> None:
+    """A link of an ADD that was killed does not say whose it is; its name or its MAC does."""
+    run("ip", "link", "set", "net1", "down", "alias", "", netns=pod)
+    if known_by == "MAC":
+        run("ip", "link", "set", "net1", "name", "other", netns=pod)
+    else:
+        del config["prevResult"]
+    shutil.rmtree(cni.run_dir)
     delete(cni, config, pod)
     assert leftovers(pod, cni.run_dir) == []
 

@@ -154,6 +154,17 @@ def test_renamed_link_stays_silent(place: Place, cni: Cni) -> None:
     assert ipv6_addresses(place.pod, "other") == ""
 
 
+def test_pod_that_flushes_its_rules_gains_little(place: Place, cni: Cni) -> None:
+    """Without the rules, which a pod may be able to flush, it still neither speaks nor answers."""
+    mac = attached(place, cni)
+    run("nft", "flush", "ruleset", netns=place.pod)
+    run("ip", "link", "set", "net1", "down", netns=place.pod)
+    run("ip", "link", "set", "net1", "up", netns=place.pod)
+    assert frames_from_node(place, SETTLE) == []
+    assert heard(place, mac) <= {kind for kind in HEARD if kind.startswith("IPv4")}
+    assert ipv6_addresses(place.pod) == ""
+
+
 def set_open_minded(pod: str) -> None:
     script = "".join(f"echo {value} > /proc/sys/{key}\n" for key, value in OPEN_MINDED.items())
     run("sh", "-ec", script, netns=pod)

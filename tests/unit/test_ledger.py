@@ -177,6 +177,7 @@ def test_holder_is_one_process_and_not_its_successor() -> None:
     with subprocess.Popen([require("cat")], stdin=subprocess.PIPE) as process:
         holder = Holder.of(process.pid)
         assert holder.alive()
+        assert holder.started > Holder.of(1).started
         assert not replace(holder, started=holder.started - 1).alive()
     assert not holder.alive()
     with pytest.raises(ProcessLookupError, match=f"{process.pid} is gone"):

@@ -69,44 +69,21 @@ class _State(Enum):
     STOPPED = auto()
 
 
-class Guest:
-    """One QEMU process and the console of the guest in it; stopped when the `with` block ends.
+class Console:
+    """The console of a guest that somebody booted; closed when the `with` block ends."""
 
-    QEMU dies with the thread that started it, whatever ends that (PR_SET_PDEATHSIG).
-    """
+    def __init__(self, name: str, serial: socket.socket, *, addresses: Sequence[str] = ()) -> None:
+        """Own `serial`, the other end of the guest's serial line, from before the guest's start.
 
-    def __init__(
-        self,
-        name: str,
-        launcher: Sequence[str],
-        *,
-        cpus: int = 1,
-        addresses: Sequence[str] = (),
-        options: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-    ) -> None:
-        """Start `launcher` with QEMU's command line behind it: it must exec that, NIC added.
-
-        `addresses` are what the guest gives its eth0, each with its prefix length; `options` are
-        added to QEMU's own. Raises GuestFailure where kernel, busybox or QEMU are missing.
+        `addresses` are what the guest gives its eth0, each with its prefix length.
         """
         self.name = name
+        self._serial = serial
         self._addresses = tuple(addresses)
         self._heard = bytearray()
         self._taken = 0
         self._commands = 0
         self._state = _State.BOOTING
-        kernel, initramfs = boot_files(guest_folder())
-        argv = ("setpriv", "--pdeathsig", "KILL", "--", *launcher,
-                *_qemu(kernel, initramfs, cpus), *options)  # fmt: skip
-        self._serial, theirs = socket.socketpair()
-        with theirs:
-            fd = theirs.fileno()
-            try:
-                self._process = subprocess.Popen(argv, stdin=fd, stdout=fd, stderr=fd, env=env)
-            except BaseException:
-                self._serial.close()
-                raise
 
     def __enter__(self) -> Self:
         return self
@@ -118,11 +95,6 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-
-    @property
-    def pid(self) -> int:
-        """The process that was started, which becomes QEMU when its launcher execs."""
-        return self._process.pid
 
     @property
     def console(self) -> str:
@@ -155,18 +127,9 @@ class Guest:
         return Answer(status, output.decode(errors="replace"))
 
     def stop(self) -> None:
-        """End QEMU, within seconds; a second time does nothing."""
-        if self._state is _State.STOPPED:
-            return
+        """Take leave of the guest; a second time does nothing."""
         self._state = _State.STOPPED
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        finally:
-            self._serial.close()
+        self._serial.close()
 
     def _expect(self, state: _State) -> None:
         if self._state is not state:
@@ -195,19 +158,73 @@ class Guest:
         return GuestFailure(f"guest {self.name} {what}; its console ends:\n{self.console[-2000:]}")
 
 
+class Guest(Console):
+    """One QEMU process and the console of the guest in it; stopped when the `with` block ends.
+
+    QEMU dies with the thread that started it, whatever ends that (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        launcher: Sequence[str],
+        *,
+        cpus: int = 1,
+        addresses: Sequence[str] = (),
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `launcher` with QEMU's command line behind it: it must exec that, NIC added.
+
+        `options` are added to QEMU's own. Raises GuestFailure where kernel, busybox or QEMU are
+        missing.
+        """
+        kernel, initramfs = boot_files(guest_folder())
+        argv = ("setpriv", "--pdeathsig", "KILL", "--", *launcher,
+                *qemu_command(kernel, initramfs, cpus=cpus), *options)  # fmt: skip
+        ours, theirs = socket.socketpair()
+        super().__init__(name, ours, addresses=addresses)
+        with theirs:
+            fd = theirs.fileno()
+            try:
+                self._process = subprocess.Popen(argv, stdin=fd, stdout=fd, stderr=fd, env=env)
+            except BaseException:
+                super().stop()
+                raise
+
+    @property
+    def pid(self) -> int:
+        """The process that was started, which becomes QEMU when its launcher execs."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End QEMU, within seconds; a second time does nothing."""
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        finally:
+            super().stop()
+
+
 def guest_folder() -> Path:
     """Where `make setup` unpacked the guests' kernel: EXTBRIDGE_GUEST, else .guest where we are."""
     return Path(os.environ.get("EXTBRIDGE_GUEST", ".guest"))
 
 
-def _qemu(kernel: Path, initramfs: Path, cpus: int) -> tuple[str, ...]:
+def qemu_command(
+    kernel: Path, initramfs: Path, *, cpus: int = 1, serial: str = "stdio"
+) -> tuple[str, ...]:
+    """The command that boots a guest, without a NIC; `serial` is where QEMU puts its console."""
     return (
         "qemu-system-x86_64",
         "-accel", "tcg",
         "-m", "128",
         "-smp", str(cpus),
         "-nodefaults", "-nographic", "-no-reboot",
-        "-serial", "stdio",
+        "-serial", serial,
         # A boot ROM in each NIC would cost start-up time, and a package.
         "-global", "virtio-net-pci.romfile=",
         "-kernel", str(kernel),

@@ -1,0 +1,380 @@
+"""containerd for a test, and the part of the CRI that a kubelet would use with it.
+
+containerd runs in mount and process namespaces of its own, with an empty /run and /var/lib: all its
+pods, mounts and files end with one process, whatever ends the test, and the machine's own
+containerd, if it has one, is another.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.protobuf import descriptor_pb2, json_format, message_factory
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
+
+from extbridge.demo.lab import run
+from tests.e2e.image import IMAGE, write_image
+
+_CALL_SECONDS = 60.0
+
+# Numbers and types of the API's fields (k8s.io/cri-api, runtime.v1), of those that are used here;
+# `[]` is for repeated ones. On the wire a map is a repeated message of key and value, and a string
+# is bytes.
+_SCHEMA: Final[Mapping[str, Mapping[str, tuple[int, str]]]] = {
+    "VersionRequest": {},
+    "VersionResponse": {"runtime_version": (3, "string")},
+    "ImageSpec": {"image": (1, "string")},
+    "Image": {"id": (1, "string")},
+    "ImageStatusRequest": {"image": (1, "ImageSpec")},
+    "ImageStatusResponse": {"image": (1, "Image")},
+    "KeyValue": {"key": (1, "string"), "value": (2, "string")},
+    "Number": {"value": (1, "int32")},
+    "Namespaces": {"pid": (2, "int32")},
+    "Dns": {"servers": (1, "string[]")},
+    "PodMetadata": {"name": (1, "string"), "uid": (2, "string"), "namespace": (3, "string")},
+    "PodSecurity": {"namespace_options": (1, "Namespaces")},
+    "LinuxPod": {"cgroup_parent": (1, "string"), "security_context": (2, "PodSecurity")},
+    "PodConfig": {
+        "metadata": (1, "PodMetadata"),
+        "hostname": (2, "string"),
+        "log_directory": (3, "string"),
+        "dns_config": (4, "Dns"),
+        "annotations": (7, "KeyValue[]"),
+        "linux": (8, "LinuxPod"),
+    },
+    "RunPodSandboxRequest": {"config": (1, "PodConfig")},
+    "RunPodSandboxResponse": {"pod_sandbox_id": (1, "string")},
+    "PodSandboxStatusRequest": {"pod_sandbox_id": (1, "string")},
+    "PodSandboxStatusResponse": {"status": (1, "PodStatus")},
+    "PodStatus": {"network": (5, "PodNetwork")},
+    "PodNetwork": {"ip": (1, "string")},
+    "StopPodSandboxRequest": {"pod_sandbox_id": (1, "string")},
+    "StopPodSandboxResponse": {},
+    "RemovePodSandboxRequest": {"pod_sandbox_id": (1, "string")},
+    "RemovePodSandboxResponse": {},
+    "Capabilities": {"add_capabilities": (1, "string[]"), "drop_capabilities": (2, "string[]")},
+    "SecurityProfile": {"profile_type": (1, "int32")},
+    "ContainerSecurity": {
+        "capabilities": (1, "Capabilities"),
+        "namespace_options": (3, "Namespaces"),
+        "run_as_user": (5, "Number"),
+        "no_new_privs": (11, "bool"),
+        "run_as_group": (12, "Number"),
+        "seccomp": (15, "SecurityProfile"),
+    },
+    "LinuxContainer": {"security_context": (2, "ContainerSecurity")},
+    "ContainerMetadata": {"name": (1, "string")},
+    "Mount": {
+        "container_path": (1, "string"),
+        "host_path": (2, "string"),
+        "readonly": (3, "bool"),
+    },
+    "ContainerConfig": {
+        "metadata": (1, "ContainerMetadata"),
+        "image": (2, "ImageSpec"),
+        "command": (3, "string[]"),
+        "envs": (6, "KeyValue[]"),
+        "mounts": (7, "Mount[]"),
+        "log_path": (11, "string"),
+        "linux": (15, "LinuxContainer"),
+    },
+    "CreateContainerRequest": {
+        "pod_sandbox_id": (1, "string"),
+        "config": (2, "ContainerConfig"),
+        "sandbox_config": (3, "PodConfig"),
+    },
+    "CreateContainerResponse": {"container_id": (1, "string")},
+    "StartContainerRequest": {"container_id": (1, "string")},
+    "StartContainerResponse": {},
+    "ExecSyncRequest": {
+        "container_id": (1, "string"),
+        "cmd": (2, "string[]"),
+        "timeout": (3, "int32"),
+    },
+    "ExecSyncResponse": {
+        "stdout": (1, "string"),
+        "stderr": (2, "string"),
+        "exit_code": (3, "int32"),
+    },
+}
+_PACKAGE: Final = "runtime.v1"
+_SCALARS: Final = {
+    "string": descriptor_pb2.FieldDescriptorProto.TYPE_STRING,
+    "int32": descriptor_pb2.FieldDescriptorProto.TYPE_INT32,
+    "bool": descriptor_pb2.FieldDescriptorProto.TYPE_BOOL,
+}
+# NamespaceMode.CONTAINER: each container has processes of its own, as kubelet asks for.
+_APART: Final = {"pid": 1}
+
+
+T = TypeVar("T")
+
+
+class CriFailure(Exception):
+    """containerd refused a call, or does not serve; the message is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod's sandbox; `config` is what it was asked for with."""
+
+    name: str
+    id: str
+    config: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """What a command in a container came to."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True)
+class Containerd:
+    """containerd as it serves; `pid` is its number outside, `logs` where its pods' output goes."""
+
+    pid: int
+    logs: Path
+    cgroup: str
+
+    @property
+    def root(self) -> Path:
+        """The file system as containerd and its CNI plugins see it."""
+        return Path(f"/proc/{self.pid}/root")
+
+    @property
+    def socket(self) -> Path:
+        """Where it serves the CRI."""
+        return self.root / "run/containerd/containerd.sock"
+
+    def call(self, method: str, **request: object) -> dict[str, Any]:
+        """Call a method of the API with the fields of its request; raises CriFailure."""
+        service = "ImageService" if method.startswith("Image") else "RuntimeService"
+        asked = json_format.ParseDict(request, _MESSAGES[f"{_PACKAGE}.{method}Request"]())
+        # A channel has threads and fds; this way both are gone when the call is over.
+        with grpc.insecure_channel(f"unix://{self.socket}") as channel:
+            try:
+                answer: Message = channel.unary_unary(
+                    f"/{_PACKAGE}.{service}/{method}",
+                    request_serializer=type(asked).SerializeToString,
+                    response_deserializer=_MESSAGES[f"{_PACKAGE}.{method}Response"].FromString,
+                )(asked, timeout=_CALL_SECONDS)
+            except grpc.RpcError as error:
+                raise CriFailure(f"{method}: {error}") from error
+        return json_format.MessageToDict(answer, preserving_proto_field_name=True)
+
+    def run_pod(self, name: str, annotations: Mapping[str, str]) -> Pod:
+        """Make a pod of that name with these annotations; raises CriFailure."""
+        config = {
+            "metadata": {"name": name, "uid": secrets.token_hex(8), "namespace": "default"},
+            "hostname": name,
+            "log_directory": str(self.logs),
+            # Else it would be the machine's resolv.conf, which may be a link into its /run.
+            "dns_config": {"servers": ["192.0.2.53"]},
+            "annotations": _pairs(annotations),
+            "linux": {
+                "cgroup_parent": self.cgroup,
+                "security_context": {"namespace_options": _APART},
+            },
+        }
+        return Pod(name, self.call("RunPodSandbox", config=config)["pod_sandbox_id"], config)
+
+    def run_container(
+        self,
+        pod: Pod,
+        command: Sequence[str],
+        *,
+        uid: int,
+        mounts: Sequence[Path] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Start the pod's container as Kubernetes' restricted profile has it; answers its ID.
+
+        `mounts` are read-only, each at its own path. Output goes to POD.log in the folder `logs`.
+        """
+        config = {
+            "metadata": {"name": "main"},
+            "image": {"image": IMAGE},
+            "command": list(command),
+            "envs": _pairs(environment or {}),
+            "mounts": [
+                {"container_path": str(path), "host_path": str(path), "readonly": True}
+                for path in mounts
+            ],
+            "log_path": f"{pod.name}.log",
+            "linux": {
+                "security_context": {
+                    "capabilities": {"drop_capabilities": ["ALL"]},
+                    "namespace_options": _APART,
+                    "run_as_user": {"value": uid},
+                    "run_as_group": {"value": uid},
+                    "no_new_privs": True,
+                    # The runtime's default profile is number 0.
+                    "seccomp": {"profile_type": 0},
+                }
+            },
+        }
+        container: str = self.call(
+            "CreateContainer", pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
+        )["container_id"]
+        self.call("StartContainer", container_id=container)
+        return container
+
+    def execute(self, container: str, *command: str) -> Executed:
+        """Run a command in the container, as what the container runs as."""
+        answer = self.call("ExecSync", container_id=container, cmd=list(command), timeout=30)
+        return Executed(
+            answer.get("exit_code", 0), answer.get("stdout", ""), answer.get("stderr", "")
+        )
+
+    def remove_pod(self, pod: Pod) -> None:
+        """Stop the pod with all its containers, and remove it, as kubelet does."""
+        self.call("StopPodSandbox", pod_sandbox_id=pod.id)
+        self.call("RemovePodSandbox", pod_sandbox_id=pod.id)
+
+
+def until(ask: Callable[[], T | None], *, seconds: float = 30) -> T:
+    """What `ask` answers as soon as it is anything; raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not (answer := ask()):
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+    return answer
+
+
+@contextmanager
+def containerd(
+    folder: Path, *, plugins: Path, configurations: Path, environment: Mapping[str, str]
+) -> Iterator[Containerd]:
+    """Run containerd with its image, with CNI plugins and configurations from these folders.
+
+    Its own files go to `folder`; the plugins inherit its environment, with this added. Raises
+    CriFailure with the end of its log.
+    """
+    (folder / "logs").mkdir()
+    config = folder / "containerd.toml"
+    config.write_text(_CONFIG.format(image=IMAGE, plugins=plugins, configurations=configurations))
+    image = folder / "image.tar"
+    write_image(image)
+    cgroup = f"/extbridge-{secrets.token_hex(4)}"
+    log = folder / "containerd.log"
+    with ExitStack() as closing:
+        closing.callback(_remove_cgroups, cgroup)
+        with log.open("wb") as said:
+            holder = subprocess.Popen(
+                ("setpriv", "--pdeathsig", "KILL", "--",
+                 "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+                 "sh", "-ec", _START, "sh", str(config)),
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+        closing.callback(_kill, holder)
+
+        def serves(pids: Sequence[int]) -> Containerd | None:
+            with suppress(CriFailure):
+                for pid in pids:
+                    served = Containerd(pid, folder / "logs", cgroup)
+                    served.call("Version")
+                    return served
+            return None
+
+        try:
+            served = until(lambda: serves(children_of(holder.pid)))
+            run("ctr", "--address", str(served.socket), "--namespace", "k8s.io",
+                "images", "import", str(image))  # fmt: skip
+            image.unlink()
+            # The CRI gets word of the image later than containerd has it.
+            until(lambda: served.call("ImageStatus", image={"image": IMAGE}))
+        except TimeoutError as error:
+            raise CriFailure(f"containerd does not serve:\n{log.read_text()[-2000:]}") from error
+        yield served
+
+
+_START: Final = """
+mount -t tmpfs -o mode=0755 extbridge-run /run
+mount -t tmpfs -o mode=0755 extbridge-lib /var/lib
+exec containerd --config "$1"
+"""
+
+_CONFIG: Final = """\
+version = 2
+# It makes /opt/containerd.
+disabled_plugins = ["io.containerd.internal.v1.opt"]
+
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{image}"
+# What is to be killed last cannot be promised where the test itself is not allowed to.
+restrict_oom_score_adj = true
+# A profile would be loaded into the machine's kernel.
+disable_apparmor = true
+
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "{plugins}"
+conf_dir = "{configurations}"
+"""
+
+
+def _classes() -> dict[str, type[Message]]:
+    """A class for each message of the schema, by its full name."""
+    described = descriptor_pb2.FileDescriptorProto(
+        name="cri.proto", package=_PACKAGE, syntax="proto3"
+    )
+    for message, fields in _SCHEMA.items():
+        in_file = described.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            of_one = kind.removesuffix("[]")
+            field = in_file.field.add(name=name, number=number)
+            field.label = field.LABEL_OPTIONAL if kind == of_one else field.LABEL_REPEATED
+            if of_one in _SCALARS:
+                field.type = _SCALARS[of_one]
+            else:
+                field.type, field.type_name = field.TYPE_MESSAGE, f".{_PACKAGE}.{of_one}"
+    pool = DescriptorPool()
+    pool.AddSerializedFile(described.SerializeToString())
+    return message_factory.GetMessageClassesForFiles([described.name], pool)
+
+
+_MESSAGES: Final = _classes()
+
+
+def _pairs(mapping: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in mapping.items()]
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that the (single-threaded) process is the parent of."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    return [int(child) for child in listed.split()]
+
+
+def _kill(holder: subprocess.Popen[bytes]) -> None:
+    """End containerd and all pods: when a namespace's first process ends, the kernel ends the rest.
+
+    The holder ends with that child, which is none of ours to wait for.
+    """
+    for child in children_of(holder.pid):
+        os.kill(child, signal.SIGKILL)
+    holder.wait()
+
+
+def _remove_cgroups(cgroup: str) -> None:
+    """Remove the pods' control groups from every hierarchy, the innermost first."""
+    hierarchies = Path("/sys/fs/cgroup")
+    for top in (hierarchies, *hierarchies.iterdir()):
+        for folder, _, _ in os.walk(f"{top}{cgroup}", topdown=False):
+            os.rmdir(folder)
