@@ -7,14 +7,14 @@ has them, is established here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from extbridge.attachment import container_of
 from extbridge.kernel.links import Link, list_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import inside
+from extbridge.kernel.netns import inside, netns_inode
 from extbridge.kernel.taps import open_tap, open_vhost
 from extbridge.ledger import Entry, Held, Holder, Ledger
 from extbridge.spec.errors import TapHeld, UnknownContainer
@@ -42,8 +42,9 @@ def take_taps(
 ) -> Iterator[list[Tap]]:
     """Open the taps of the namespace for `holder`, all or those named; closed after the block.
 
-    To pass them on, exec or send the fds inside the block. Raises UnknownContainer if the namespace
-    has no such NIC, TapHeld if a living process has it, WrongTap if the node is another's.
+    To pass them on, exec or send the fds inside the block; if that fails, they are free again.
+    Raises UnknownContainer if the namespace has no such NIC, TapHeld if a living process has it,
+    WrongTap if the node is another's.
     """
     with inside(netns), Netlink(NETLINK_ROUTE) as route:
         links = sorted((it for it in list_links(route) if it.ours), key=lambda link: link.name)
@@ -56,7 +57,7 @@ def take_taps(
             else "the namespace has no NIC of extbridge",
             f"it has {present}; ADD makes them",
         )
-    with ExitStack() as closing:
+    with ExitStack() as closing, ExitStack() as undo:
         taps = []
         for link in links:
             if ifnames and link.name not in ifnames:
@@ -65,12 +66,15 @@ def take_taps(
             if not container_id:
                 raise _unknown(link)
             with ledger.hold(container_id) as held:
-                entry = _free_entry(link, held, holder)
+                entry = _free_entry(link, netns, held, holder)
                 fds = open_tap(link, entry.mac)
                 closing.callback(_close, fds)
                 vhost_fds = open_vhost(entry.queues)
                 closing.callback(_close, vhost_fds)
                 held.write(replace(entry, holder=holder))
+            # What it had before, it keeps.
+            if entry.holder != holder:
+                undo.callback(free_taps, holder, {container_id}, ledger=ledger)
             taps.append(
                 Tap(
                     entry.container_id,
@@ -82,10 +86,29 @@ def take_taps(
                 )
             )
         yield taps
+        undo.pop_all()
 
 
-def _free_entry(link: Link, held: Held, holder: Holder) -> Entry:
-    entry = next((it for it in held.entries() if it.done and it.ifindex == link.ifindex), None)
+def free_taps(holder: Holder, container_ids: Collection[str], *, ledger: Ledger) -> None:
+    """Let others have the taps of these containers that are `holder`'s."""
+    for container_id in container_ids:
+        with ledger.hold(container_id) as held:
+            for entry in held.entries():
+                if entry.holder == holder:
+                    held.write(replace(entry, holder=None))
+
+
+def _free_entry(link: Link, netns: int, held: Held, holder: Holder) -> Entry:
+    # An ifindex is unique among our links only: a pod that may make links can make one that claims
+    # to be another pod's, and the device node of both would be the other's.
+    entry = next(
+        (
+            it
+            for it in held.entries()
+            if it.done and (it.ifindex, it.netns_inode) == (link.ifindex, netns_inode(netns))
+        ),
+        None,
+    )
     if entry is None:
         raise _unknown(link)
     if entry.holder is not None and entry.holder != holder and entry.holder.alive():

@@ -125,7 +125,6 @@ class Node:
         return {
             *(f"link {name}" for name in link_names()),
             *(f"rules {table}" for table in tables("/proc/self/ns/net")),
-            *(f"tap {node}" for node in Path("/dev").glob("tap*")),
             *(f"namespace {path.name}" for path in self.cri.root.glob("run/netns/*")),
             *(f"ledger {path}" for path in ledger_of(self.run_dir)),
             *(f"spool {path}" for path in (self.run_dir / "spool").iterdir()),
@@ -166,7 +165,7 @@ def site(guest: type[Guest], tmp_path_factory: pytest.TempPathFactory) -> Iterat
             for vm in (a, b):
                 vm.console.wait_ready()
             yield Site(node, a, b)
-        assert node.traces() <= before
+        assert node.traces() == before
 
 
 def test_vm_reaches_another_across_the_switch(site: Site) -> None:
@@ -226,7 +225,7 @@ def test_pod_without_annotation_is_left_alone(site: Site) -> None:
         shown = node.cri.execute(container, "busybox", "ip", "address", "show", "eth0").stdout
         assert f"inet {status['network']['ip']}/" in shown
         assert node.entries(pod) == []
-    assert node.traces() <= before
+    assert node.traces() == before
 
 
 def test_pod_that_asks_for_an_unknown_network_does_not_start(site: Site) -> None:
@@ -234,7 +233,7 @@ def test_pod_that_asks_for_an_unknown_network_does_not_start(site: Site) -> None
     before = site.node.traces()
     with pytest.raises(CriFailure, match=r"vepante.*vepanet"):
         site.node.cri.run_pod("typo", {_NETWORKS: "vepante"})
-    assert site.node.traces() <= before
+    assert site.node.traces() == before
 
 
 def test_agent_that_is_killed_and_restarted_is_not_noticed(site: Site) -> None:
@@ -269,7 +268,7 @@ def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> Non
         with node.agent.down():
             closing.close()
             assert any(trace.startswith("spool") for trace in node.traces() - before)
-    until(lambda: node.traces() <= before)
+    until(lambda: node.traces() == before)
 
 
 @contextmanager
@@ -313,12 +312,14 @@ def _node(folder: Path, nic: str) -> Iterator[Node]:
 
 @contextmanager
 def _pod(node: Node, name: str, annotations: Mapping[str, str]) -> Iterator[Pod]:
-    """A pod of that name; stopped and removed after the block."""
+    """A pod of that name; after the block it is stopped and removed, and its taps are gone."""
     pod = node.cri.run_pod(name, annotations)
     try:
         yield pod
     finally:
+        taps = [Path(f"/dev/tap{entry.ifindex}") for entry in node.entries(pod)]
         node.cri.remove_pod(pod)
+        until(lambda: not any(tap.exists() for tap in taps))
 
 
 @contextmanager

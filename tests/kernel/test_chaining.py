@@ -124,9 +124,9 @@ def test_pod_that_asks_for_nothing_is_passed_through(chain: Chain, asked: str | 
     untouched = picture(chain.cni.run_dir, chain.pod)
     assert chain("ADD", config).result == chain.before
     assert chain("CHECK", config) == SILENT
+    assert not chain.cni.run_dir.exists()
     assert chain("DEL", config) == SILENT
     assert picture(chain.cni.run_dir, chain.pod) == untouched
-    assert not chain.cni.run_dir.exists()
 
 
 @pytest.mark.parametrize(

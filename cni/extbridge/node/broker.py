@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -41,7 +41,9 @@ class Peer:
     def lives(self) -> bool:
         """Whether the process has not ended; while it has not, its number is nobody else's."""
         # A pidfd is readable from the end of its process on (man 2 pidfd_open).
-        return not select.select([self.pidfd], [], [], 0)[0]
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return not ended.poll(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,11 @@ def pinned_peer(connection: socket.socket) -> Iterator[Peer]:
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise _gone(pid) from error
-        # Before Linux 6.5: whoever has the number now. That it is still the one that connected is
-        # as sure as process numbers are slow to come round.
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as gone:
-            raise _gone(pid) from gone
+        # Before Linux 6.5: whoever has the number now, and the sooner that is asked after the
+        # connection was made, the surer it is the one that made it.
+        pidfd = _pidfd_of(pid)
+        if pidfd is None:
+            raise _gone(pid) from error
     try:
         yield Peer(pid, uid, pidfd)
     finally:
@@ -135,14 +136,13 @@ def netns_of(pid: int) -> int:
         return 0
 
 
-def hand_off(connection: socket.socket, request: wire.Request, ledger: Ledger) -> HandOff:
+def hand_off(peer: Peer, request: wire.Request, ledger: Ledger) -> HandOff:
     """Open the taps of the namespace in which the peer stands, and write its command.
 
-    Raises NotPermitted, UnknownContainer, TapHeld, WrongTap, InvalidEnvironment; then nothing is
-    open and nothing is held.
+    Raises NotPermitted, UnknownContainer, TapHeld, WrongTap, InvalidEnvironment and OSError; then
+    nothing is open, and nothing is held that was not before.
     """
     with ExitStack() as owned:
-        peer = owned.enter_context(pinned_peer(connection))
         with peers_netns(peer) as netns:
             if is_own(netns):
                 raise NotPermitted(
@@ -167,13 +167,14 @@ def leases_of(ledger: Ledger) -> list[Lease]:
             containers.setdefault(entry.holder, set()).add(entry.container_id)
     found = []
     for holder, container_ids in containers.items():
-        with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(holder.pid)
-            # Asked after the opening, so that the pidfd is of the process that was meant.
-            if holder.alive():
-                found.append(Lease(holder, frozenset(container_ids), pidfd))
-            else:
-                os.close(pidfd)
+        pidfd = _pidfd_of(holder.pid)
+        if pidfd is None:
+            continue
+        # Asked after the opening, so that the pidfd is of the process that was meant.
+        if holder.alive():
+            found.append(Lease(holder, frozenset(container_ids), pidfd))
+        else:
+            os.close(pidfd)
     return found
 
 
@@ -184,6 +185,17 @@ def release(lease: Lease, ledger: Ledger) -> None:
             for entry in held.entries():
                 if entry.holder == lease.holder:
                     held.write(replace(entry, holder=None))
+
+
+def _pidfd_of(pid: int) -> int | None:
+    """The process's pidfd, which the caller owns; None where no process has this number."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        # ENOENT, or EINVAL on older kernels: it is a mere thread's (pidfd_prepare).
+        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+            return None
+        raise
 
 
 def _command(request: wire.Request, taps: list[Tap]) -> list[str]:

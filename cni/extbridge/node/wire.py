@@ -27,6 +27,7 @@ MAX_TAP_REQUEST_BYTES: Final = 256 << 10
 MAX_TAP_ANSWER_BYTES: Final = 512 << 10
 MAX_FDS: Final = 250
 FIRST_TAP_FD: Final = 100
+MAX_VARIABLES: Final = 1000
 
 REQUEST_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 5.0
@@ -118,16 +119,17 @@ def decode_request(payload: bytes, kind: bytes) -> Request:
     """The parts of a request of this kind; raises WireError."""
     if not payload.startswith(_MAGIC + kind):
         raise WireError(f"a request that starts with {payload[:4]!r}, not {_MAGIC + kind!r}")
-    at = len(_MAGIC + kind)
-    environ = {}
-    while not payload.startswith(b"\0", at):
-        variable, ended, _ = payload[at:].partition(b"\0")
-        name, given, value = variable.partition(b"=")
-        if not ended or not given:
-            raise WireError("a request whose environment has no end")
-        environ[os.fsdecode(name)] = os.fsdecode(value)
-        at += len(variable) + 1
-    return Request(environ, payload[at + 1 :])
+    rest = payload[len(_MAGIC + kind) :]
+    if rest.startswith(b"\0"):
+        return Request({}, rest[1:])
+    environ, ended, body = rest.partition(b"\0\0")
+    variables = [it.partition(b"=") for it in environ.split(b"\0", MAX_VARIABLES)]
+    if not ended or not all(given for _, given, _ in variables):
+        raise WireError("a request whose environment has no end")
+    if len(variables) > MAX_VARIABLES:
+        # Each costs the event loop, for which others wait.
+        raise WireError(f"a request of more than {MAX_VARIABLES} variables")
+    return Request({os.fsdecode(n): os.fsdecode(value) for n, _, value in variables}, body)
 
 
 def encode_strings(strings: Iterable[str]) -> bytes:
