@@ -27,7 +27,7 @@ from extbridge.kernel.links import (
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode, opened_netns
 from extbridge.kernel.silence import silence, unsilence_absent, unsilenced_by
-from extbridge.kernel.taps import unused_ifindex
+from extbridge.kernel.taps import has_node, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.network.wanted import WantedNic, derived_or_given_mac
@@ -183,7 +183,7 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
             "no address",
             "an address" if has_address(pod.route, link.ifindex) else "no address",
         ),
-        ("silence", "", unsilenced_by(link.ifindex, link.name)),
+        ("silence", "whole", unsilenced_by(link.ifindex, link.name) or "whole"),
     ]
     return [
         f"{entry.ifname}: {what} is {found!r}, ADD made it {made!r}"
@@ -234,7 +234,7 @@ def _nic_busy(entry: Entry, ledger: Ledger) -> NicBusy:
     holders = _described(
         other
         for other in ledger.entries()
-        if other.lower_ifindex == entry.lower_ifindex and other.ifindex != entry.ifindex
+        if other.lower_ifindex == entry.lower_ifindex and _is_another(other, entry)
     )
     if entry.mode == Mode.PASSTHRU:
         message = f"passthru needs {entry.lower} whole, and others are on it: {holders}"
@@ -252,16 +252,24 @@ def _mac_in_use(entry: Entry, lower: Link, ledger: Ledger) -> MacInUse:
             for other in ledger.entries()
             if other.lower_ifindex == entry.lower_ifindex
             and other.mac == entry.mac
-            and other.ifindex != entry.ifindex
+            and _is_another(other, entry)
         )
     return MacInUse(
         f"the MAC {entry.mac} is in use on {lower.name} by {holder}",
-        "give this VM another MAC, or delete the other attachment first",
+        "give this VM another MAC, or take that one from who has it",
     )
+
+
+def _is_another(other: Entry, entry: Entry) -> bool:
+    """Whether the entry is of another attachment whose link is there still."""
+    return other.ifindex != entry.ifindex and has_node(other.ifindex)
 
 
 def _described(entries: Iterable[Entry]) -> str:
     return (
-        ", ".join(f"{entry.ifname} of {entry.pod or entry.container_id}" for entry in entries)
+        ", ".join(
+            f"{entry.ifname} ({entry.mode}) of {entry.pod or entry.container_id}"
+            for entry in entries
+        )
         or "a link that extbridge did not make"
     )

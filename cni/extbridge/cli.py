@@ -30,7 +30,7 @@ def cli() -> None:
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoReturn:
-    r"""Run COMMAND, a QEMU, with the taps of a namespace, as root and without an agent.
+    """Run COMMAND, a QEMU, with the taps of a namespace, as root and without an agent.
 
     \b
     Filled in anywhere in COMMAND, for a NIC named net1:
@@ -39,7 +39,7 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
       {net1.mac} {net1.mtu} {net1.queues}
     Without any of these, -netdev and -device are appended for every NIC; the
     device's model is virtio-net-pci, or what EXTBRIDGE_MODEL names.
-    """
+    """  # noqa: D301 - the backspace is click's mark for lines to be left alone
     from extbridge.handoff import take_taps
     from extbridge.kernel.netns import opened_netns
     from extbridge.ledger import Holder, Ledger
@@ -48,7 +48,8 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
     with opened_netns(netns) as namespace:
         if namespace is None:
             raise click.BadParameter(
-                f"there is no network namespace at {netns}", param_hint="--netns"
+                f"there is no network namespace at {netns}; give a path, as /var/run/netns/NAME",
+                param_hint="--netns",
             )
         ledger = Ledger.from_environment(os.environ)
         holder = Holder.of(os.getpid())

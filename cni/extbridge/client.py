@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from extbridge.node.sockets import TAP_SOCKET
 from extbridge.spec import fields
 from extbridge.spec.errors import CniError
 
+_CONNECT_SECONDS = 5.0
+_RETRY_SECONDS = 0.02
 _ANSWER_SECONDS = 10.0
 
 
@@ -65,21 +68,33 @@ class Tap:
 def take_taps(ifnames: Sequence[str] = (), *, run: Path | None = None) -> list[Tap]:
     """The taps of the network namespace in which this process stands: all, or those named.
 
-    `run` is the agent's run folder, by default what EXTBRIDGE_RUN names, else /run/extbridge.
-    Raises NoTaps.
+    `run` is the agent's run folder, by default what EXTBRIDGE_RUN names, else /run/extbridge. An
+    agent that is just restarting is waited for, 5 s at most. Raises NoTaps.
     """
     folder = run or Path(os.environ.get(RUN_VARIABLE) or DEFAULT_RUN)
     environ = {IFNAMES_VARIABLE: ",".join(ifnames)} if ifnames else {}
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
             agent.settimeout(_ANSWER_SECONDS)
-            agent.connect(str(folder / TAP_SOCKET))
+            _connect(agent, str(folder / TAP_SOCKET))
             request = wire.encode_request(wire.TAPS, environ, b"")
             agent.sendall(wire.frame_head(request) + request)
             agent.settimeout(0)
             return _receive_taps(agent)
     except (OSError, wire.WireError, ValueError, CniError) as error:
         raise NoTaps(f"{folder / TAP_SOCKET}: {error}") from error
+
+
+def _connect(agent: socket.socket, path: str) -> None:
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            agent.connect(path)
+            return
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 def _receive_taps(agent: socket.socket) -> list[Tap]:

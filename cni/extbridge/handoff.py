@@ -57,7 +57,7 @@ def take_taps(
             else "the namespace has no NIC of extbridge",
             f"it has {present}; ADD makes them",
         )
-    with ExitStack() as closing, ExitStack() as undo:
+    with ExitStack() as undo, ExitStack() as closing:
         taps = []
         for link in links:
             if ifnames and link.name not in ifnames:

@@ -182,9 +182,14 @@ class Ledger:
 
     def entries(self) -> Iterator[Entry]:
         """Every attachment of the node, without any lock: each as it is when it is read."""
+        for container_id in self.containers():
+            yield from self.of(container_id)
+
+    def containers(self) -> list[str]:
+        """The containers that have a folder, be it empty."""
         with suppress(FileNotFoundError):
-            for container_id in os.listdir(self._folder):
-                yield from self.of(container_id)
+            return os.listdir(self._folder)
+        return []
 
     def _lock(self, folder: str) -> int:
         while True:

@@ -25,6 +25,7 @@ from extbridge.kernel.links import Link, find_link, list_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import is_netns, is_own, netns_inode, opened_netns
 from extbridge.kernel.silence import unsilence_absent
+from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Network
 from extbridge.network.store import DEFAULT_DIRECTORY
@@ -105,12 +106,8 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
         held = closing.enter_context(_held_if_possible(ledger, request.container_id))
         if held is not None:
             for entry in held.entries():
-                if entry.cni_ifname != request.ifname:
-                    continue
-                if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
-                    detach(entry, held=held, pod=pod)
-                else:
-                    detach_wherever(entry, held=held)
+                if entry.cni_ifname == request.ifname:
+                    _detach(entry, held, pod)
             held.sweep()
         if pod is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
@@ -241,25 +238,30 @@ def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[s
     """Clear what an earlier ADD of this attachment left; give the names it had, by network.
 
     An intent, or fewer NICs than are `wanted`, is the trace of an ADD that was killed. A finished
-    entry whose link is gone lost it with its NIC. What is whole was asked for twice.
+    entry whose link is gone lost it with its NIC. What is whole, in whichever namespace, was asked
+    for twice.
     """
     entries = [entry for entry in held.entries() if entry.cni_ifname == request.ifname]
-    whole = [
-        entry
-        for entry in entries
-        if entry.done and find_link(pod.route, ifindex=entry.ifindex) is not None
-    ]
+    whole = [entry for entry in entries if entry.done and has_node(entry.ifindex)]
     if len(whole) >= wanted:
         raise NameTaken(
             f"container {request.container_id} has this attachment already:"
-            f" {', '.join(f'{entry.ifname}, ifindex {entry.ifindex}' for entry in whole)}",
+            f" {', '.join(f'{entry.ifname} in {entry.netns}' for entry in whole)}",
             "delete it first (DEL)",
         )
     for entry in entries:
-        detach(entry, held=held, pod=pod)
+        _detach(entry, held, pod)
     if entries:
         unsilence_absent(pod.route)
     return {entry.definition: entry.ifname for entry in entries}
+
+
+def _detach(entry: Entry, held: Held, pod: Pod | None) -> None:
+    """Unmake the attachment: in `pod`, where the thread stands, if it was made there."""
+    if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
+        detach(entry, held=held, pod=pod)
+    else:
+        detach_wherever(entry, held=held)
 
 
 @contextmanager
@@ -307,7 +309,9 @@ def _usable_nic(host: Netlink, network: Network) -> Link:
     lower = find_link(host, name=name)
     if lower is None:
         present = ", ".join(
-            link.name for link in list_links(host) if link.ethernet and not link.loopback
+            link.name
+            for link in list_links(host)
+            if link.ethernet and not link.loopback and not link.master
         )
         raise InvalidNetworkConfig(
             f"extbridge.dev: the node has no NIC {name!r}", f"it has {present}"

@@ -30,7 +30,7 @@ enum { REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
 #define JSON "{\"cniVersion\":\"1.1.0\","
 #define FAIL(code, text) say(STDOUT_FILENO, 1, JSON "\"code\":" #code ",\"msg\":\"", text, "\"}\n")
 #define REFUSE(status, text) say(STDERR_FILENO, status, "extbridge-exec: ", text, "\n")
-#define NO_ANSWER "the extbridge agent of this node gives no answer"
+#define NO_ANSWER "the extbridge agent of this node gives no answer: does it run?"
 
 static const char *run = "/run/extbridge";
 static struct sockaddr_un agent = {.sun_family = AF_UNIX};
@@ -140,7 +140,7 @@ static int spool(void) {
     if (transfer(file, POLLOUT, request + 1, size, NULL) == size && fsync(file) == 0 &&
         renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
     unlinkat(in, draft, 0);
-    return FAIL(5, NO_ANSWER ", and its spool takes no DEL: give EXTBRIDGE_RUN room, writable");
+    return FAIL(5, NO_ANSWER " And its spool takes no DEL: give EXTBRIDGE_RUN room, writable");
 }
 
 static int carry(void) {

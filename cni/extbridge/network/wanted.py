@@ -153,7 +153,7 @@ def configured_network(config: JsonObject, networks_dir: str = DEFAULT_DIRECTORY
     if definition is not None:
         inline = ", ".join(key for key in definition if key != "name")
         raise InvalidNetworkConfig(
-            f"the configuration names the network {describe(name)} and defines one: {inline}",
+            f"the configuration names the network {name!r} and gives keys of one besides: {inline}",
             "either name a network or define it here",
         )
     return _supported(load_network(name, _networks_dir(config, networks_dir)))

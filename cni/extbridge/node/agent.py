@@ -24,7 +24,7 @@ from typing import Final
 
 from extbridge.ledger import Holder
 from extbridge.node import broker, wire
-from extbridge.node.broker import HandOff, Lease
+from extbridge.node.broker import HandOff, Lease, Peer
 from extbridge.node.metrics import CONTENT_TYPE, Metrics
 from extbridge.node.reconcile import spooled
 from extbridge.node.sockets import Sockets
@@ -40,9 +40,16 @@ TAP_THREADS: Final = 4
 PENDING_TAPS_OF_A_POD: Final = 16
 """Connections on tap.sock that one namespace may have open at once; more are closed."""
 
+PENDING_TAPS: Final = 256
+"""Those of all namespaces, of which a pod may be able to make many."""
+
 _REFUSED_STATUS = 125
 _SPOOL_SECONDS = 1.0
+_SPOOL_RETRY_SECONDS = 60.0
 _SCRAPE_BYTES = 8 << 10
+
+_LONGEST_REFUSAL = 300
+"""Characters of a sentence that go to the log: of some, a pod chooses the length."""
 
 
 class Phase(Enum):
@@ -58,7 +65,7 @@ class Services:
     """What the agent serves with; all but `reload` block and are called in threads."""
 
     answer: Callable[[wire.Request, int | None], skel.Answer]
-    hand_off: Callable[[socket.socket, wire.Request], HandOff]
+    hand_off: Callable[[Peer, wire.Request], HandOff]
     release: Callable[[Lease], None]
     leases: Callable[[], list[Lease]]
     replay_spool: Callable[[], int]
@@ -81,8 +88,11 @@ class Agent:
         self._pending: Counter[int] = Counter()
         self._leases: dict[Holder, Lease] = {}
 
-    async def run(self, ready: Callable[[], None]) -> None:
-        """Set right what is amiss, call `ready`, serve until SIGTERM, finish what was begun."""
+    async def run(self, notify: Callable[[str], None]) -> None:
+        """Set right what is amiss, serve until SIGTERM, finish what was begun.
+
+        `notify` is told the states of sd_notify(3).
+        """
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,10 +112,11 @@ class Agent:
                         )
                     ]
                     self._phase = Phase.SERVING
-                    ready()
+                    notify("READY=1")
                     log.info("serving")
                     await stop.wait()
                     self._phase = Phase.DRAINING
+                    notify("STOPPING=1")
                     log.info("draining", extra={"in_flight": len(self._in_flight)})
                     if begun := set(self._in_flight):
                         await asyncio.wait(begun)
@@ -128,12 +139,20 @@ class Agent:
         log.info("reconciled", extra={"repairs": repairs, "leases": len(self._leases)})
 
     async def _watch_spool(self) -> None:
-        """Serve what a shim spooled while the agent was just starting, and what failed before."""
+        """Serve what a shim spooled while the agent was just starting; what fails, now and then."""
         loop = asyncio.get_running_loop()
+        seen: list[Path] = []
+        due = 0.0
         while True:
-            if spooled(self._services.spool):
-                served = await loop.run_in_executor(self._cni_threads, self._services.replay_spool)
-                self._metrics.repairs.labels("spool").inc(served)
+            # Without a free fd the folder cannot be read: as passing as in _accept.
+            with contextlib.suppress(OSError):
+                waiting = spooled(self._services.spool)
+                if waiting and (waiting != seen or loop.time() >= due):
+                    replay = self._services.replay_spool
+                    served = await loop.run_in_executor(self._cni_threads, replay)
+                    self._metrics.repairs.labels("spool").inc(served)
+                    due = loop.time() + _SPOOL_RETRY_SECONDS
+                seen = waiting
             await asyncio.sleep(_SPOOL_SECONDS)
 
     async def _accept(
@@ -189,40 +208,51 @@ class Agent:
             await wire.send_frame(peer, wire.encode_cni_answer(answer.exit_code, answer.stdout))
 
     async def _serve_taps(self, peer: socket.socket) -> None:
-        namespace = broker.netns_of(broker.peer_credentials(peer)[0])
+        try:
+            with broker.pinned_peer(peer) as process:
+                await self._serve_launcher(peer, process)
+        except CniError as error:
+            self._refuse(type(error).__name__, str(error))
+            async with asyncio.timeout(wire.ANSWER_SECONDS):
+                await wire.send_frame(peer, wire.encode_tap_refusal(_REFUSED_STATUS, str(error)))
+
+    async def _serve_launcher(self, peer: socket.socket, process: Peer) -> None:
+        namespace = broker.netns_of(process.pid)
         if self._pending[namespace] >= PENDING_TAPS_OF_A_POD:
             self._refuse("flood", f"{PENDING_TAPS_OF_A_POD} requests of one namespace are open")
+            return
+        if self._pending.total() >= PENDING_TAPS:
+            self._refuse("flood", f"{PENDING_TAPS} requests of pods are open")
             return
         self._pending[namespace] += 1
         try:
             async with asyncio.timeout(wire.REQUEST_SECONDS):
                 frame = await wire.receive_frame(peer, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0)
-            await self._hand_off(peer, wire.decode_request(frame.payload, wire.TAPS))
+            await self._hand_off(peer, process, wire.decode_request(frame.payload, wire.TAPS))
         finally:
             self._pending[namespace] -= 1
             if not self._pending[namespace]:
                 del self._pending[namespace]
 
-    async def _hand_off(self, peer: socket.socket, request: wire.Request) -> None:
+    async def _hand_off(self, peer: socket.socket, process: Peer, request: wire.Request) -> None:
+        """Raises CniError as long as nothing has been handed over."""
+        if self._phase is Phase.DRAINING:
+            raise _draining()
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
         try:
-            if self._phase is Phase.DRAINING:
-                raise _draining()
             given = await loop.run_in_executor(
-                self._tap_threads, self._services.hand_off, peer, request
+                self._tap_threads, self._services.hand_off, process, request
             )
-        except CniError as error:
-            self._refuse(type(error).__name__, str(error))
-            async with asyncio.timeout(wire.ANSWER_SECONDS):
-                await wire.send_frame(peer, wire.encode_tap_refusal(_REFUSED_STATUS, str(error)))
-            return
+        except OSError as failure:
+            raise skel.translate(failure) from failure
         self._metrics.hand_off_duration.observe(time.perf_counter() - began)
         self._metrics.hand_offs.inc(given.taps)
         self._watch_lease(given.lease)
         log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
-        # A launcher that does not take them ends, and its lease with it; or it may ask anew.
-        with given.owned:
+        # Closed, not left with an error, which would free them: the launcher may have some. If it
+        # does not take the others it ends, and its lease with it; or it may ask anew.
+        with contextlib.closing(given.owned):
             async with asyncio.timeout(wire.ANSWER_SECONDS):
                 for payload, fds in given.frames:
                     await wire.send_frame(peer, payload, fds)
@@ -260,7 +290,13 @@ class Agent:
         self._metrics.leases.set(len(self._leases))
         log.info("lease ended", extra={"pid": holder.pid})
         # Nobody waits for it: who asks for the tap meanwhile sees that its holder is dead.
-        self._tap_threads.submit(self._services.release, lease)
+        self._tap_threads.submit(self._release, lease)
+
+    def _release(self, lease: Lease) -> None:
+        try:
+            self._services.release(lease)
+        except (CniError, OSError) as error:
+            log.warning("lease of process %d: %s", lease.holder.pid, error)
 
     def _account(self, request: wire.Request, answer: skel.Answer, seconds: float) -> None:
         asked = request.environ.get("CNI_COMMAND", "")
@@ -282,7 +318,9 @@ class Agent:
 
     def _refuse(self, reason: str, sentence: str) -> None:
         self._metrics.refusals.labels(reason).inc()
-        log.warning("refused: %s", sentence, extra={"reason": reason})
+        # What does not print would let a pod write lines of its own.
+        shown = "".join(it if it.isprintable() else "?" for it in sentence[:_LONGEST_REFUSAL])
+        log.warning("refused: %s", shown, extra={"reason": reason})
 
 
 def _draining() -> TryAgainLater:

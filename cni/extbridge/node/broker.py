@@ -84,16 +84,9 @@ def pinned_peer(connection: socket.socket) -> Iterator[Peer]:
             "the process that asks stands outside of the agent's process namespace",
             "run the agent with hostPID",
         )
-    try:
-        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            raise _gone(pid) from error
-        # Before Linux 6.5: whoever has the number now, and the sooner that is asked after the
-        # connection was made, the surer it is the one that made it.
-        pidfd = _pidfd_of(pid)
-        if pidfd is None:
-            raise _gone(pid) from error
+    pidfd = _peer_pidfd(connection, pid)
+    if pidfd is None:
+        raise _gone(pid)
     try:
         yield Peer(pid, uid, pidfd)
     finally:
@@ -178,13 +171,15 @@ def leases_of(ledger: Ledger) -> list[Lease]:
     return found
 
 
-def release(lease: Lease, ledger: Ledger) -> None:
-    """Free what a process that has ended held."""
-    for container_id in lease.container_ids:
-        with ledger.hold(container_id) as held:
-            for entry in held.entries():
-                if entry.holder == lease.holder:
-                    held.write(replace(entry, holder=None))
+def _peer_pidfd(connection: socket.socket, pid: int) -> int | None:
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            return None
+    # Before Linux 6.5: whoever has the number now, and the sooner that is asked after the
+    # connection was made, the surer it is the one that made it.
+    return _pidfd_of(pid)
 
 
 def _pidfd_of(pid: int) -> int | None:

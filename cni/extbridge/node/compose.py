@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+from extbridge.handoff import free_taps
 from extbridge.ledger import Ledger
 from extbridge.network.store import list_networks, load_network
 from extbridge.node import broker, reconcile, sockets, wire
@@ -29,6 +31,9 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
     """Be the node's agent until SIGTERM."""
     _log_to_stderr(as_json=as_json)
+    # A NIC of 256 queues alone is twice as many fds.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
     served = verbs(ledger, networks_dir)
     spool = run / sockets.SPOOL_FOLDER
@@ -40,10 +45,13 @@ def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
         return skel.run(request.environ, request.body, served, netns_fd=netns)
 
+    def release(lease: broker.Lease) -> None:
+        free_taps(lease.holder, lease.container_ids, ledger=ledger)
+
     services = Services(
         answer=answer,
         hand_off=partial(broker.hand_off, ledger=ledger),
-        release=partial(broker.release, ledger=ledger),
+        release=release,
         leases=partial(broker.leases_of, ledger),
         replay_spool=partial(reconcile.replay_spool, spool, served),
         repair=partial(reconcile.repair, ledger),
@@ -54,13 +62,17 @@ def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
-        asyncio.run(agent.run(lambda: sockets.notify("READY=1")))
-        sockets.notify("STOPPING=1")
+        asyncio.run(agent.run(sockets.notify))
 
 
 def _report_networks(directory: str) -> None:
     """Say which definitions are good; each request reads them anew, so nothing else is due."""
-    for name in list_networks(directory):
+    try:
+        names = list_networks(directory)
+    except OSError as error:
+        log.error("networks: %s", error)  # noqa: TRY400 - the user's, no defect
+        return
+    for name in names:
         try:
             load_network(name, directory)
         except CniError as error:

@@ -18,8 +18,8 @@ DEFAULT_MODEL: Final = "virtio-net-pci"
 
 _KEYS = ("fd", "fds", "vhostfds", "mac", "mtu", "queues")
 
-# Only these keys make it a placeholder: QEMU's own arguments may be JSON.
-_PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.(" + "|".join(_KEYS) + r")\}")
+# QEMU's own arguments may be JSON: a placeholder has one of these keys, or the name of a tap.
+_PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.([A-Za-z]+)\}")
 
 
 def render_command(
@@ -29,9 +29,10 @@ def render_command(
 
     Raises InvalidEnvironment for a placeholder that cannot be filled.
     """
-    if any(_PLACEHOLDER.search(argument) for argument in argv):
-        values = {tap.name: _values(tap) for tap in taps}
-        return [_PLACEHOLDER.sub(lambda found: _fill(found, values), argument) for argument in argv]
+    values = {tap.name: _values(tap) for tap in taps}
+    filled = [_PLACEHOLDER.sub(lambda found: _fill(found, values), argument) for argument in argv]
+    if filled != list(argv):
+        return filled
     options = [option for n, tap in enumerate(taps) for option in _qemu_options(n, tap, model)]
     return [*argv, *options]
 
@@ -52,6 +53,12 @@ def _values(tap: Tap) -> dict[str, str]:
 
 def _fill(found: re.Match[str], values: dict[str, dict[str, str]]) -> str:
     name, key = found.groups()
+    if key not in _KEYS:
+        if name not in values:
+            return found.group()
+        raise InvalidEnvironment(
+            f"{found.group()}: a NIC has no {key}", f"it has {', '.join(_KEYS)}"
+        )
     if name not in values:
         raise InvalidEnvironment(
             f"{found.group()}: there is no NIC {name}", f"there is {', '.join(values)}"

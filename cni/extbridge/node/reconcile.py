@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from extbridge.attachment import detach_wherever
+from extbridge.kernel.netns import netns_inode, opened_netns
 from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Ledger
 from extbridge.node import wire
@@ -37,51 +38,62 @@ def replay_spool(spool: Path, verbs: skel.Verbs) -> int:
     served = 0
     for path in spooled(spool):
         try:
-            request = wire.decode_request(path.read_bytes(), wire.CNI)
-        except wire.WireError as error:
-            log.warning("spool: %s is no request and is dropped: %s", path.name, error)
-            path.unlink()
-            continue
-        if request.environ.get("CNI_COMMAND") != "DEL":
-            log.warning("spool: %s is no DEL and is dropped", path.name)
-            path.unlink()
-            continue
-        answer = skel.run(request.environ, request.body, verbs)
-        if answer.exit_code != 0:
-            log.error("spool: DEL of %s failed: %s", path.name, answer.stdout.decode())
-            continue
-        path.unlink()
-        served += 1
+            served += _replay(path, verbs)
+        except OSError as error:
+            log.error("spool: %s", error)  # noqa: TRY400 - one line, the others go on
     return served
 
 
 def repair(ledger: Ledger) -> Mapping[str, int]:
     """Set the ledger right by what the kernel has; how much of each kind was amiss."""
     repairs: Counter[str] = Counter()
-    for entry in list(ledger.entries()):
-        kind = _ailment(entry)
-        if not kind:
-            continue
+    for container_id in ledger.containers():
         try:
-            with ledger.hold(entry.container_id) as held:
-                if entry not in held.entries():
-                    continue
-                if kind == "holder":
-                    held.write(replace(entry, holder=None))
-                else:
-                    detach_wherever(entry, held=held)
+            # An ADD that was killed early has left a folder, which goes with its lock.
+            with ledger.hold(container_id) as held:
+                for entry in held.entries():
+                    kind = _ailment(entry)
+                    if kind == "holder":
+                        held.write(replace(entry, holder=None))
+                    elif kind:
+                        detach_wherever(entry, held=held)
+                    repairs[kind] += bool(kind)
         except (OSError, CniError) as error:
-            log.error("%s of %s: %s", entry.ifname, entry.container_id, error)  # noqa: TRY400 - one line, the others go on
-            continue
-        repairs[kind] += 1
-    return repairs
+            log.error("container %s: %s", container_id, error)  # noqa: TRY400 - likewise
+    return +repairs
+
+
+def _replay(path: Path, verbs: skel.Verbs) -> bool:
+    """Whether the file was a DEL that is done."""
+    try:
+        request = wire.decode_request(path.read_bytes(), wire.CNI)
+    except wire.WireError as error:
+        log.warning("spool: %s is no request and is dropped: %s", path.name, error)
+        path.unlink()
+        return False
+    if request.environ.get("CNI_COMMAND") != "DEL":
+        log.warning("spool: %s is no DEL and is dropped", path.name)
+        path.unlink()
+        return False
+    answer = skel.run(request.environ, request.body, verbs)
+    if answer.exit_code != 0:
+        log.error("spool: DEL of %s failed: %s", path.name, answer.stdout.decode().strip())
+        return False
+    path.unlink()
+    return True
 
 
 def _ailment(entry: Entry) -> str:
-    if not entry.done:
-        return "intent"
     if not has_node(entry.ifindex):
-        return "link"
+        return "link" if entry.done else "intent"
+    if not entry.done:
+        # Left to DEL, which brings the namespace, where an agent's container cannot see it.
+        return "intent" if _can_reach(entry) else ""
     if entry.holder is not None and not entry.holder.alive():
         return "holder"
     return ""
+
+
+def _can_reach(entry: Entry) -> bool:
+    with opened_netns(entry.netns) as netns:
+        return netns is not None and netns_inode(netns) == entry.netns_inode

@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -62,13 +62,13 @@ def listening(run: Path) -> Iterator[Sockets]:
 
 
 def notify(state: str) -> None:
-    """Tell systemd, if it has asked to be told (NOTIFY_SOCKET)."""
+    """Tell systemd, if it has asked to be told (NOTIFY_SOCKET) and still listens."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     # A leading @ is for a name that is no file (man 7 unix, abstract).
     name = "\0" + address[1:] if address.startswith("@") else address
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, suppress(OSError):
         told.sendto(state.encode(), name)
 
 
