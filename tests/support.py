@@ -42,11 +42,13 @@ class Answer:
 class Cni:
     """The CNI executable as the runtime calls it: a process, its environment, standard input.
 
-    `wrapper` is the command that runs it, when it does not run as it is.
+    `wrapper` is the command that runs it, when it does not run as it is; `program` is the path of
+    another executable, such as the shim, which is called in the same way.
     """
 
     run_dir: Path
     wrapper: tuple[str, ...] = ()
+    program: str = ""
 
     def environment(self, verb: str, **variables: str | None) -> dict[str, str]:
         """The process's environment; each of `variables` is a CNI_* without CNI_, None to omit."""
@@ -66,7 +68,7 @@ class Cni:
     def start(self, verb: str, **variables: str | None) -> subprocess.Popen[bytes]:
         """Start the executable; whoever calls feeds its standard input and waits for it."""
         return subprocess.Popen(
-            (*self.wrapper, executable("extbridge-cni")),
+            (*self.wrapper, self.program or executable("extbridge-cni")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -114,6 +114,18 @@ def test_attachment_is_added_once(cni: Cni, nic: Nic, pod: str) -> None:
     assert cni("CHECK", config, NETNS=pod).status == 0
 
 
+def test_attachment_is_added_once_on_the_node(cni: Cni, lab: Lab, nic: Nic, pod: str) -> None:
+    """A second ADD of the same attachment is refused in another namespace too."""
+    config = network_config(nic)
+    config["prevResult"] = cni("ADD", config, NETNS=pod).result
+    other = lab.pod("other")
+    error = cni("ADD", network_config(nic, mac=MAC), NETNS=other).error
+    assert error["code"] == 103
+    assert pod in str(error["msg"])
+    assert link_names(other) == {"lo"}
+    assert cni("CHECK", config, NETNS=pod).status == 0
+
+
 def test_gc_keeps_what_is_valid_and_what_is_not_its_own(cni: Cni, lab: Lab, nic: Nic) -> None:
     """GC removes what is not in the list, of its network only, and no link of somebody else."""
     pods = [lab.pod("one"), lab.pod("two")]
