@@ -74,7 +74,7 @@ def take_taps(
                 held.write(replace(entry, holder=holder))
             # What it had before, it keeps.
             if entry.holder != holder:
-                undo.callback(free_taps, holder, {container_id}, ledger=ledger)
+                undo.callback(free_taps, holder, {container_id}, ledger=ledger, ifname=entry.ifname)
             taps.append(
                 Tap(
                     entry.container_id,
@@ -89,12 +89,14 @@ def take_taps(
         undo.pop_all()
 
 
-def free_taps(holder: Holder, container_ids: Collection[str], *, ledger: Ledger) -> None:
-    """Let others have the taps of these containers that are `holder`'s."""
+def free_taps(
+    holder: Holder, container_ids: Collection[str], *, ledger: Ledger, ifname: str = ""
+) -> None:
+    """Let others have the taps of these containers that are `holder`'s: all, or the one named."""
     for container_id in container_ids:
         with ledger.hold(container_id) as held:
             for entry in held.entries():
-                if entry.holder == holder:
+                if entry.holder == holder and ifname in ("", entry.ifname):
                     held.write(replace(entry, holder=None))
 
 

@@ -149,7 +149,7 @@ class Agent:
         values: Counter[str] = Counter()
         for family in text_string_to_metric_families(body.decode()):
             for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items())
+                labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
                 values[f"{sample.name}{{{labels}}}" if labels else sample.name] = int(sample.value)
         return values
 
@@ -232,8 +232,9 @@ def ask(
     *,
     netns: str = "",
 ) -> None:
-    """Send a CNI request, with an fd of the namespace where its path is given."""
-    payload = wire.encode_request(wire.CNI, environ, json.dumps(config).encode())
+    """Send a CNI request as the shim does, with the namespace if its path is given."""
+    ours = {name: value for name, value in environ.items() if name.startswith("CNI_")}
+    payload = wire.encode_request(wire.CNI, ours, json.dumps(config).encode())
     fds = [os.open(netns, os.O_RDONLY | os.O_CLOEXEC)] if netns else []
     try:
         socket.send_fds(connection, [wire.frame_head(payload) + payload], fds)
@@ -251,7 +252,7 @@ def answer_on(connection: socket.socket) -> Answer:
         return Answer(status, json.loads(stdout) if stdout else None, "")
 
 
-def until(found: Callable[[], T]) -> T:
+def until(found: Callable[[], T | None]) -> T:
     """What is found as soon as it is true; fails when that takes too long."""
     deadline = time.monotonic() + SECONDS
     while not (what := found()):
