@@ -105,8 +105,10 @@ def _held() -> set[str]:
     held |= {f"thread {thread.name}" for thread in threading.enumerate()}
     held.add(f"main thread in {os.readlink('/proc/thread-self/ns/net')}")
     for task in os.listdir("/proc/self/task"):
-        children = Path(f"/proc/self/task/{task}/children").read_text(encoding="ascii")
-        held |= {f"process {pid}" for pid in children.split()}
+        # A library's thread may be just ending; its children are another's then.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/self/task/{task}/children").read_text(encoding="ascii")
+            held |= {f"process {pid}" for pid in children.split()}
     for fd in os.listdir("/proc/self/fd"):
         # The one that listed the folder is closed by now.
         with suppress(FileNotFoundError):

@@ -7,6 +7,8 @@ so that there is one way in which an attachment ends.
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,11 +33,14 @@ from extbridge.kernel.taps import has_node, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.network.wanted import WantedNic, derived_or_given_mac
-from extbridge.spec.errors import MacInUse, NameTaken, NicBusy
+from extbridge.spec.errors import MacInUse, NameTaken, NicBusy, TryAgainLater
 from extbridge.spec.request import find_name_fault
 
-_INDEX_TRIES: Final = 8
-"""How often another ifindex is tried; two in a row that are taken are not chance any more."""
+_INDEX_TRIES: Final = 3
+"""How often another ifindex is tried; more in a row that are taken are not chance any more."""
+
+_CLEANUP_SECONDS: Final = 2.0
+"""How long a namespace may take to end after its last user has gone (cleanup_net)."""
 
 
 _ALIAS: Final = "extbridge"
@@ -98,8 +103,8 @@ def attach(
                 _create(entry, wanted, host, pod.netns)
                 break
             except OSError as error:
-                if error.errno == errno.EINVAL:
-                    raise _nic_busy(entry, ledger) from error
+                if error.errno == errno.EINVAL or (error.errno == errno.EBUSY and tries == 0):
+                    raise _nic_busy(entry, ledger, error) from error
                 # EEXIST, or EBUSY where somebody else is in the midst of it: of the name, which
                 # the next round tells, or of the ifindex.
                 if error.errno not in (errno.EEXIST, errno.EBUSY) or tries == 0:
@@ -138,14 +143,33 @@ def detach(entry: Entry, *, held: Held, pod: Pod | None) -> None:
 
 
 def detach_wherever(entry: Entry, *, held: Held) -> None:
-    """Unmake the attachment in the namespace in which its entry says that it was made."""
+    """Unmake the attachment in the namespace in which its entry says that it was made.
+
+    Raises TryAgainLater if that cannot be reached at its path, and has not ended either.
+    """
     with opened_netns(entry.netns) as netns:
         if netns is None or netns_inode(netns) != entry.netns_inode:
+            if not _ends(entry):
+                raise TryAgainLater(
+                    f"{entry.ifname} of {entry.container_id} is there, but its namespace is not at"
+                    f" {entry.netns}",
+                    "a process still stands in the namespace, or its path cannot be seen from here",
+                )
             detach(entry, held=held, pod=None)
             return
         with enter_pod(netns) as pod:
             detach(entry, held=held, pod=pod)
             unsilence_absent(pod.route)
+
+
+def _ends(entry: Entry) -> bool:
+    """Whether the link is gone, or goes soon: a namespace is taken down behind the scenes."""
+    deadline = time.monotonic() + _CLEANUP_SECONDS
+    while has_node(entry.ifindex):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def detach_unrecorded(container_id: str, cni_ifname: str, mac: str, *, pod: Pod) -> None:
@@ -230,7 +254,7 @@ def _free_name(asked: str | None, former: str, route: Netlink) -> str:
     return next(name for n in count() if (name := f"macvtap{n}") not in taken)
 
 
-def _nic_busy(entry: Entry, ledger: Ledger) -> NicBusy:
+def _nic_busy(entry: Entry, ledger: Ledger, refusal: OSError) -> NicBusy:
     holders = _described(
         other
         for other in ledger.entries()
@@ -240,6 +264,7 @@ def _nic_busy(entry: Entry, ledger: Ledger) -> NicBusy:
         message = f"passthru needs {entry.lower} whole, and others are on it: {holders}"
     else:
         message = f"{entry.lower} cannot carry a {entry.mode} macvtap; on it: {holders}"
+    message = f"{message} ({os.strerror(refusal.errno or 0)})"
     return NicBusy(message, "use another NIC for passthru, or delete what is on this one first")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -59,6 +60,9 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
             for tap in taps:
                 for fd in (*tap.fds, *tap.vhost_fds):
                     os.set_inheritable(fd, True)  # noqa: FBT003 - os takes no keyword
+            # Python ignores them, and what is ignored stays so over exec (man 2 execve).
+            for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(ignored, signal.SIG_DFL)
             try:
                 os.execvp(argv[0], argv)
             except OSError as error:

@@ -100,11 +100,17 @@ class Held:
         """The container's attachments; a file that cannot be understood is none."""
         return _entries(self._folder)
 
-    def sweep(self) -> None:
-        """Remove the files that cannot be understood: nothing else would ever."""
+    def sweep(self, ifname: str) -> None:
+        """Remove what cannot be understood of this interface, and what is no object at all.
+
+        Nothing else ever would. An object that lacks something may be another version's.
+        """
         for name in os.listdir(self._folder):
-            if name.endswith(_SUFFIX) and _read(name, self._folder) is None:
-                self.remove(name.removesuffix(_SUFFIX))
+            of = name.removesuffix(_SUFFIX)
+            if of == name or _read(name, self._folder) is not None:
+                continue
+            if of == ifname or not isinstance(_load(name, self._folder), dict):
+                self.remove(of)
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
@@ -224,9 +230,17 @@ def _entries(folder: int) -> list[Entry]:
 
 def _read(name: str, folder: int) -> Entry | None:
     try:
+        return _parse(_load(name, folder))
+    except (ValueError, TypeError, InvalidNetworkConfig):
+        return None
+
+
+def _load(name: str, folder: int) -> object:
+    """The JSON in the file; None where it is none, or the file is gone."""
+    try:
         with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
-            return _parse(json.loads(file.read()))
-    except (FileNotFoundError, ValueError, TypeError, RecursionError, InvalidNetworkConfig):
+            return json.loads(file.read())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

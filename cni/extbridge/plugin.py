@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 from extbridge.attachment import (
@@ -68,9 +68,7 @@ def cmd_add(request: Request, ledger: Ledger, networks_dir: str) -> Mapping[str,
         return result
     with ExitStack() as closing, ExitStack() as undo:
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
-        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
-        if netns is None:
-            raise _no_netns(request)
+        netns = _pods_netns(request, closing)
         lowers = [_usable_nic(host, nic.network) for nic in nics]
         held = closing.enter_context(ledger.hold(request.container_id))
         pod = closing.enter_context(enter_pod(netns))
@@ -84,7 +82,9 @@ def cmd_add(request: Request, ledger: Ledger, networks_dir: str) -> Mapping[str,
                 host=host,
                 lower=lower,
                 pod=pod,
-                former_ifname=former.get(nic.network.name, ""),
+                former_ifname=former[nic.network.name].pop(0)
+                if former.get(nic.network.name)
+                else "",
             )
             undo.callback(unsilence_absent, pod.route)
             undo.callback(detach, entry, held=held, pod=pod)
@@ -101,14 +101,18 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
     Succeeds when nothing is left to do (SPEC section 2, "DEL").
     """
     with ExitStack() as closing:
-        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
-        pod = None if netns is None else closing.enter_context(enter_pod(netns))
+        netns = _given_netns(request, closing)
+        # Our own is no pod's, not any more: a path by process number may have come to lead here.
+        is_pods = netns is not None and not is_own(netns)
+        pod = closing.enter_context(enter_pod(netns)) if netns is not None and is_pods else None
         held = closing.enter_context(_held_if_possible(ledger, request.container_id))
         if held is not None:
             for entry in held.entries():
                 if entry.cni_ifname == request.ifname:
-                    _detach(entry, held, pod)
-            held.sweep()
+                    # Out of reach for now: the entry stays, for GC or the agent's next start.
+                    with suppress(TryAgainLater):
+                        _detach(entry, held, pod)
+            held.sweep(request.ifname)
         if pod is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
             mac = fields.get_str(before, "mac") or ""
@@ -135,9 +139,7 @@ def cmd_check(request: Request, ledger: Ledger) -> None:
             "delete the pod and create it again",
         )
     with ExitStack() as closing:
-        netns = closing.enter_context(_pods_netns(request.netns, request.netns_fd))
-        if netns is None:
-            raise _no_netns(request)
+        netns = _pods_netns(request, closing)
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
         pod = closing.enter_context(enter_pod(netns))
         found = []
@@ -234,7 +236,7 @@ def _draft(request: Request, nic: WantedNic, lower: Link, netns: int) -> Entry:
     )
 
 
-def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[str, str]:
+def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[str, list[str]]:
     """Clear what an earlier ADD of this attachment left; give the names it had, by network.
 
     An intent, or fewer NICs than are `wanted`, is the trace of an ADD that was killed. A finished
@@ -253,11 +255,18 @@ def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[s
         _detach(entry, held, pod)
     if entries:
         unsilence_absent(pod.route)
-    return {entry.definition: entry.ifname for entry in entries}
+    former: dict[str, list[str]] = {}
+    # As they were made: macvtap2 before macvtap10.
+    for entry in sorted(entries, key=lambda entry: (len(entry.ifname), entry.ifname)):
+        former.setdefault(entry.definition, []).append(entry.ifname)
+    return former
 
 
 def _detach(entry: Entry, held: Held, pod: Pod | None) -> None:
-    """Unmake the attachment: in `pod`, where the thread stands, if it was made there."""
+    """Unmake the attachment: in `pod`, where the thread stands, if it was made there.
+
+    Raises TryAgainLater if its namespace lives but cannot be reached.
+    """
     if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
         detach(entry, held=held, pod=pod)
     else:
@@ -280,27 +289,27 @@ def _held_if_possible(ledger: Ledger, container_id: str) -> Iterator[Held | None
         yield held
 
 
-@contextmanager
-def _pods_netns(path: str, opened: int | None = None) -> Iterator[int | None]:
-    """An fd of the pod's namespace for the length of the block, None where it is gone."""
-    with ExitStack() as closing:
-        if opened is None:
-            netns = closing.enter_context(opened_netns(path))
-        else:
-            netns = opened if is_netns(opened) else None
-        if netns is not None and is_own(netns):
-            raise InvalidEnvironment(
-                f"CNI_NETNS: {path} is the namespace extbridge itself runs in",
-                "give the pod's; a hostNetwork pod has no NIC of its own to get",
-            )
-        yield netns
+def _given_netns(request: Request, closing: ExitStack) -> int | None:
+    """An fd of the namespace that the request names, closed with `closing`; None if it is gone."""
+    if request.netns_fd is None:
+        return closing.enter_context(opened_netns(request.netns))
+    return request.netns_fd if is_netns(request.netns_fd) else None
 
 
-def _no_netns(request: Request) -> InvalidEnvironment:
-    return InvalidEnvironment(
-        f"CNI_NETNS: there is no network namespace at {request.netns}",
-        "give the path of the pod's, such as /var/run/netns/NAME; it may have ended meanwhile",
-    )
+def _pods_netns(request: Request, closing: ExitStack) -> int:
+    """The same where there has to be one, and a pod's; raises InvalidEnvironment."""
+    netns = _given_netns(request, closing)
+    if netns is None:
+        raise InvalidEnvironment(
+            f"CNI_NETNS: there is no network namespace at {request.netns}",
+            "give the path of the pod's, such as /var/run/netns/NAME; it may have ended meanwhile",
+        )
+    if is_own(netns):
+        raise InvalidEnvironment(
+            f"CNI_NETNS: {request.netns} is the namespace extbridge itself runs in",
+            "give the pod's; a hostNetwork pod has no NIC of its own to get",
+        )
+    return netns
 
 
 def _usable_nic(host: Netlink, network: Network) -> Link:

@@ -145,7 +145,7 @@ def test_standard_input_that_is_no_configuration(
         ),
         (
             {"network": "blue"},
-            'names the network the string "blue" and defines one: extbridge',
+            "names the network 'blue' and gives keys of one besides: extbridge",
             "either",
         ),
         # Known, and refused for now rather than ignored.

@@ -123,7 +123,7 @@ def test_other_braces_are_left_alone(pod: str) -> None:
     """QEMU's JSON arguments, and options that look like our own, reach it as they were given."""
     arguments = (
         '{"driver":"virtio-net-pci","netdev":"n"}',
-        '{"a":{"b":"{net1.other}"}}',
+        '{"a":{"b":"{drive.other}"}}',
         "{}",
         "{.fd}",
         "--netns",

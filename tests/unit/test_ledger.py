@@ -155,7 +155,7 @@ def test_file_that_is_no_entry_is_none(ledger: Ledger, run_dir: Path, garbage: b
     assert list(ledger.entries()) == [ENTRY]
     with ledger.hold("container-1") as held:
         assert held.entries() == [ENTRY]
-        held.sweep()
+        held.sweep("net1")
     assert not damaged.exists()
     assert ledger.of("container-1") == [ENTRY]
 

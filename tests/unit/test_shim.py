@@ -935,8 +935,8 @@ def test_refusal_after_taps(programs: Programs, tap_socket: Path) -> None:
         with accept() as connection:
             connection.request()
             connection.send(tap_answer(range(100, 109)), fds)
-            connection.send(framed(struct.pack("<II", 125, 0) + b"changed my mind"))
-        assert launched.end().refusal == "extbridge-exec: changed my mind\n"
+            connection.send(framed(struct.pack("<II", 125, 0) + b"changed its mind"))
+        assert launched.end().refusal == "extbridge-exec: changed its mind\n"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,6 @@ _IFLA_CARRIER = 33
 _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
 _IFLA_MACVLAN_MODE = 1
-_IFLA_MACVLAN_FLAGS = 2
-_MACVLAN_FLAG_NOPROMISC = 1
 
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
@@ -111,10 +109,10 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
 
     ALLMULTI because only the guest knows the groups it has joined, and one that hears none has no
     IPv6 (macvlan_broadcast asks the link's own filter). It is given while the link is DOWN: given
-    later, the NIC under a passthru link would stay ALLMULTI for good (macvlan_stop).
+    later, the NIC under a passthru link would stay ALLMULTI for good (macvlan_stop). Such a NIC is
+    promiscuous instead (no MACVLAN_FLAG_NOPROMISC), for the same reason.
     """
     link_flags = _IFF_NOARP | _IFF_ALLMULTI
-    flags = _MACVLAN_FLAG_NOPROMISC if wanted.mode is Mode.PASSTHRU else 0
     payload = (
         _IFINFO.pack(0, 0, wanted.ifindex, link_flags, link_flags)
         + text(_IFLA_IFNAME, wanted.name)
@@ -131,7 +129,6 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
             nested(
                 _IFLA_INFO_DATA,
                 u32(_IFLA_MACVLAN_MODE, _MODE_NUMBERS[wanted.mode]),
-                attribute(_IFLA_MACVLAN_FLAGS, struct.pack("=H", flags)),
             ),
         )
     )

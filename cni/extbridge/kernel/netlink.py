@@ -6,6 +6,7 @@ call and 22 MB more memory (docs/decisions.md). Formats: linux/netlink.h; man 7 
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ NLM_F_APPEND: Final = 0x800
 
 _NLMSG_ERROR = 2
 _NLMSG_DONE = 3
+_NLM_F_DUMP_INTR = 0x10
 _NLM_F_CAPPED = 0x100
 _NLM_F_ACK_TLVS = 0x200
 _NLMSGERR_ATTR_MSG = 1
@@ -44,6 +46,8 @@ _ERROR_WITH_HEADER = _ERROR.size + _HEADER.size
 
 # A dump comes in parts of at most 32 KiB (netlink_dump).
 _RECEIVE = 1 << 16
+
+_DUMP_TRIES = 10
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
@@ -129,8 +133,12 @@ class Netlink:
         `what` names the call and the object in the OSError that the kernel's refusal becomes; its
         text is the kernel's extended acknowledgement where there is one.
         """
-        last = self._send([(kind, flags | NLM_F_REQUEST | NLM_F_ACK, payload)])
-        return self._receive(last, last, what)
+        for _ in range(_DUMP_TRIES):
+            last = self._send([(kind, flags | NLM_F_REQUEST | NLM_F_ACK, payload)])
+            answers = self._receive(last, last, what)
+            if answers is not None:
+                return answers
+        raise OSError(errno.EINTR, f"{what}: what is listed changes all the time")
 
     def transaction(
         self,
@@ -162,11 +170,18 @@ class Netlink:
         self._socket.send(data)
         return self._sequence
 
-    def _receive(self, first: int, last: int, what: str) -> list[bytes]:
-        """Collect answers until message `last` is done with, or any from `first` on is refused."""
+    def _receive(self, first: int, last: int, what: str) -> list[bytes] | None:
+        """Collect answers until message `last` is done with, or any from `first` on is refused.
+
+        None for a dump during which what it lists has changed (nl_dump_check_consistent).
+        """
         answers: list[bytes] = []
+        consistent = True
         while True:
-            data = self._socket.recv(_RECEIVE)
+            data, (sender, _) = self._socket.recvfrom(_RECEIVE)
+            if sender != 0:
+                # Not the kernel: any process of the namespace may send to the socket's port.
+                continue
             at = 0
             while at + _HEADER.size <= len(data):
                 length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
@@ -175,13 +190,14 @@ class Netlink:
                 if sequence < first:
                     # Of a batch before, of which more than one message was refused.
                     continue
+                consistent &= not flags & _NLM_F_DUMP_INTR
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     # A dump's end carries an errno too (netlink_dump_done), a bare one without.
                     code = _ERROR.unpack_from(payload)[0] if payload else 0
                     if code < 0:
                         raise _refusal(-code, kind, flags, payload, what)
                     if sequence == last:
-                        return answers
+                        return answers if consistent else None
                 elif sequence == last:
                     answers.append(payload)
 

@@ -19,6 +19,7 @@ Formats: linux/netfilter/nf_tables.h.
 
 from __future__ import annotations
 
+import errno
 import struct
 import threading
 from contextlib import suppress
@@ -138,8 +139,14 @@ def unsilence_absent(route: Netlink) -> None:
     """Remove the rules whose link is gone; the thread stands in the namespace of `route`.
 
     After the link, not before: a link that is UP and not silenced would be heard until it has gone.
+    On a kernel without nf_tables there are none, and DEL works.
     """
-    netfilter = Netlink(NETLINK_NETFILTER)
+    try:
+        netfilter = Netlink(NETLINK_NETFILTER)
+    except OSError as error:
+        if error.errno != errno.EPROTONOSUPPORT:
+            raise
+        return
     try:
         # In this order: a link that an ADD has just made is there before its rules are.
         silenced = _silenced_ifindexes(netfilter)
@@ -158,12 +165,18 @@ def unsilence_absent(route: Netlink) -> None:
 
 
 def _silenced_ifindexes(netfilter: Netlink) -> list[int]:
-    answers = netfilter.request(
-        _NFT_GETTABLE,
-        _NFGENMSG.pack(_NFPROTO_INET, 0, 0),
-        flags=netlink.NLM_F_DUMP,
-        what="nftables tables",
-    )
+    try:
+        answers = netfilter.request(
+            _NFT_GETTABLE,
+            _NFGENMSG.pack(_NFPROTO_INET, 0, 0),
+            flags=netlink.NLM_F_DUMP,
+            what="nftables tables",
+        )
+    except OSError as error:
+        # nfnetlink_rcv_msg, where nf_tables is not there.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return []
     names = (as_text(attributes(answer[_NFGENMSG.size :])[_NFTA_TABLE_NAME]) for answer in answers)
     return [
         int(name.removeprefix(_TABLE_PREFIX))

@@ -88,6 +88,8 @@ def _qemu_options(number: int, tap: Tap, model: str) -> list[str]:
     if model.startswith("virtio-net"):
         device += f",host_mtu={tap.mtu}"
         if plural:
-            # One vector a direction of each queue, one for configuration, one for control.
-            device += f",mq=on,vectors={2 * len(tap.fds) + 2}"
+            device += ",mq=on"
+            if "-pci" in model:
+                # One vector a direction of each queue, one for configuration, one for control.
+                device += f",vectors={2 * len(tap.fds) + 2}"
     return ["-netdev", netdev, "-device", device]
