@@ -283,3 +283,12 @@ def test_attachment_that_comes_back_has_its_former_name(
     run("nft", "list", "table", "inet", f"extbridge_{show_link('macvtap2', chain.pod)['ifindex']}",
         netns=chain.pod)  # fmt: skip
     assert run("nft", "list", "tables", netns=chain.pod).count("extbridge_") == 2
+
+
+def test_two_nics_of_one_network_come_back_as_they_were(chain: Chain, lab: Lab) -> None:
+    """After their NIC was lost and replaced, each has its former name, with its MAC."""
+    asked = json.dumps([{"name": "vepanet", "mac": f"52:54:00:00:00:0{n}"} for n in (2, 1)])
+    before = chain.added(chain.config(asked))
+    run("ip", "link", "delete", chain.nic.name)
+    chain.define("vepanet", lab.nic())
+    assert chain.added(chain.config(asked)) == before

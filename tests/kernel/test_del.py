@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from tests.kernel.observe import (
     show_link,
     tables,
 )
+from tests.kernel.strace import disturbed, recorded
 from tests.support import Cni, require
 
 SIOCSIFHWADDR = 0x8924
@@ -278,6 +281,47 @@ def test_second_attachment_of_the_container_survives(
     )
     delete(cni, second, pod, IFNAME="net2")
     assert leftovers(pod, cni.run_dir) == []
+
+
+def test_del_by_a_path_that_leads_to_the_node_by_now(
+    config: dict[str, object], pod: str, cni: Cni
+) -> None:
+    """A path by process number may come to lead elsewhere; the ledger knows where the pod is."""
+    delete(cni, config, "/proc/self/ns/net")
+    assert leftovers(pod, cni.run_dir) == []
+
+
+def test_attachment_out_of_reach_is_not_forgotten(
+    config: dict[str, object], pod: str, cni: Cni
+) -> None:
+    """While its namespace lives without a path, DEL succeeds and GC says so; later it goes."""
+    with subprocess.Popen(["nsenter", f"--net={pod}", "--", "sleep", "60"]) as sleeper:
+        try:
+            # Until the process stands in there, nothing but the path keeps the namespace.
+            inode = os.stat(pod).st_ino
+            while os.stat(f"/proc/{sleeper.pid}/ns/net").st_ino != inode:
+                time.sleep(0.01)
+            run("ip", "netns", "delete", Path(pod).name)
+            delete(cni, config, pod)
+            assert ledger_of(cni.run_dir) == ["container-1", "container-1/net1.json"]
+            collected = cni("GC", {**config, "cni.dev/valid-attachments": []}, CONTAINERID=None)
+            assert "net1 of container-1" in str(collected.error["msg"])
+        finally:
+            sleeper.kill()
+    delete(cni, config, pod)
+    assert ledger_of(cni.run_dir) == []
+
+
+def test_del_on_a_kernel_without_nftables(
+    config: dict[str, object], pod: str, cni: Cni, tmp_path: Path
+) -> None:
+    """Where there can be no rules, none are missed, and no pod is stuck for it."""
+    assert cni("DEL", config, NETNS=pod).status == 0
+    asked = recorded(cni, "DEL", config, pod, tmp_path / "recorded")
+    [call] = [call for call in asked if "NETLINK_NETFILTER" in call.shown]
+    fault = f"error=EPROTONOSUPPORT:when={call.number}"
+    assert disturbed(cni, call, fault, tmp_path / "log")("DEL", config, NETNS=pod).status == 0
+    assert "INJECTED" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def delete(cni: Cni, config: dict[str, object], netns: str, **variables: str) -> None:

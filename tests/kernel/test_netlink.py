@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import struct
 
 import pytest
@@ -93,3 +94,15 @@ def names(netfilter: Netlink) -> list[str]:
 def header(family: int, subsystem: int = 0) -> bytes:
     """A struct nfgenmsg."""
     return struct.pack(">BBH", family, 0, subsystem)
+
+
+def test_answers_are_the_kernels_only(pod: str) -> None:
+    """A process of the pod that sends to our socket is not taken for the kernel."""
+    forged = struct.pack("=BxHiII", 0, 1, 7, 0, 0) + text(3, "forged") + netlink.u32(4, 1500)
+    with within(pod), Netlink(NETLINK_ROUTE) as route:
+        port = route._socket.getsockname()[0]
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as sender:
+            for sequence in range(1, 9):
+                header = struct.pack("=IHHII", 16 + len(forged), RTM_NEWLINK, 2, sequence, port)
+                sender.sendto(header + forged, (port, 0))
+        assert [link.name for link in list_links(route)] == ["lo"]
