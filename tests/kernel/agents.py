@@ -75,6 +75,11 @@ class Agent:
         return children[0] if children else self._process.pid
 
     @property
+    def has_died(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    @property
     def threads(self) -> list[int]:
         """Its threads, the event loop's first."""
         return sorted(map(int, os.listdir(f"/proc/{self.pid}/task")))

@@ -1,10 +1,12 @@
-"""The real executable, disturbed at a system call: strace makes it fail, die or stop there."""
+"""The real programs, disturbed at a system call: strace makes them fail, die or stop there."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -55,3 +57,31 @@ def disturbed(cni: Cni, call: Call, fault: str, log: Path) -> Cni:
     options = ("-f", "-o", str(log), "-e", f"trace={call.name}", "-e",
                f"inject={call.name}:{fault}")  # fmt: skip
     return replace(cni, wrapper=(require("strace"), *options))
+
+
+@contextmanager
+def attached(threads: Sequence[int], *options: str) -> Iterator[None]:
+    """For the length of the block strace follows the threads, which run already, and no others.
+
+    It counts each thread's calls by themselves, from here on.
+    """
+    command = (require("strace"), *options, *(f"--attach={thread}" for thread in threads))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        for _ in threads:
+            assert " attached" in strace.stderr.readline()
+        try:
+            yield
+        finally:
+            strace.terminate()
+
+
+def changes_in(log: Path) -> list[Call]:
+    """The calls by which the busiest thread of an `attached` block changed anything."""
+    calls: defaultdict[str, list[Call]] = defaultdict(list)
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"(\d+) +(\w+)\(", line):
+            before = sum(call.name == found[2] for call in calls[found[1]])
+            calls[found[1]].append(Call(found[2], before + 1, line))
+    busiest = max(calls.values(), key=len)
+    return [call for call in busiest if call.name != "openat" or "O_WRONLY" in call.shown]

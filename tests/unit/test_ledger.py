@@ -155,9 +155,21 @@ def test_file_that_is_no_entry_is_none(ledger: Ledger, run_dir: Path, garbage: b
     assert list(ledger.entries()) == [ENTRY]
     with ledger.hold("container-1") as held:
         assert held.entries() == [ENTRY]
-        held.sweep("net1")
+        held.sweep("net0")
     assert not damaged.exists()
     assert ledger.of("container-1") == [ENTRY]
+
+
+def test_entry_of_another_version_outlives_its_neighbour(ledger: Ledger, run_dir: Path) -> None:
+    """What lacks a field is left alone until its own interface is deleted."""
+    with ledger.hold("container-1") as held:
+        held.write(ENTRY)
+    other = run_dir / "ledger/container-1/net0.json"
+    other.write_text('{"ifname": "net0"}')
+    for ifname, survives in (("net1", True), ("net0", False)):
+        with ledger.hold("container-1") as held:
+            held.sweep(ifname)
+        assert other.exists() is survives
 
 
 def test_half_written_draft_goes_with_the_next_request(ledger: Ledger, run_dir: Path) -> None:

@@ -700,6 +700,17 @@ def test_stdout_that_nobody_reads(impatient: Programs, cni_socket: Path) -> None
         assert started.end().stdout == b"x" * (64 * KIB)
 
 
+@pytest.mark.parametrize("verb", ["VERSION", "NONSENSE"])
+def test_stdout_that_takes_nothing(impatient: Programs, verb: str) -> None:
+    """An answer that cannot be written is no success."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [impatient.folder / "extbridge"],
+            env=impatient.environment(verb, {}), input=CONFIG, stdout=full, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+
+
 # The spool.
 
 
@@ -982,6 +993,19 @@ def test_command_up_to_its_length(
             assert len(connection.request().payload) == 256 * KIB
             connection.send(tap_answer([], "true"))
         assert launched.end().status == 0
+
+
+def test_longest_hand_off_passes(programs: Programs, tap_socket: Path) -> None:
+    """The command to exec may be as long as the protocol says."""
+    argv = ["true", *["x" * (100 * KIB - 1)] * 5, "x" * (12 * KIB - 8 - len("true") - 2)]
+    with listening(tap_socket) as accept:
+        launched = programs.launch("other")
+        with accept() as connection:
+            connection.request()
+            frame = tap_answer([], *argv)
+            assert len(frame) == 4 + 512 * KIB
+            connection.send(frame)
+        assert launched.end() == Ended(0, b"", "")
 
 
 def numbered(*numbers: int, count: int | None = None) -> bytes:

@@ -173,6 +173,8 @@ class Agent:
             task = tasks.create_task(self._guard(serve, connection))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
+            # As long as connections wait, sock_accept does not: everything else would.
+            await asyncio.sleep(0)
 
     async def _guard(
         self, serve: Callable[[socket.socket], Coroutine[None, None, None]], peer: socket.socket
@@ -250,12 +252,15 @@ class Agent:
         self._metrics.hand_offs.inc(given.taps)
         self._watch_lease(given.lease)
         log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
-        # Closed, not left with an error, which would free them: the launcher may have some. If it
-        # does not take the others it ends, and its lease with it; or it may ask anew.
-        with contextlib.closing(given.owned):
+        try:
             async with asyncio.timeout(wire.ANSWER_SECONDS):
                 for payload, fds in given.frames:
                     await wire.send_frame(peer, payload, fds)
+        finally:
+            # Closed, not left with an error, which would free them: the launcher may have some. If
+            # it does not take the others it ends, and its lease with it; or it may ask anew. The
+            # last to close a tap waits for a grace period (tap_put_queue): not the event loop.
+            await loop.run_in_executor(self._tap_threads, given.owned.close)
 
     async def _serve_metrics(self, peer: socket.socket) -> None:
         loop = asyncio.get_running_loop()

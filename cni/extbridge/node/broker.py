@@ -135,6 +135,11 @@ def hand_off(peer: Peer, request: wire.Request, ledger: Ledger) -> HandOff:
     Raises NotPermitted, UnknownContainer, TapHeld, WrongTap, InvalidEnvironment and OSError; then
     nothing is open, and nothing is held that was not before.
     """
+    if request.body.count(b"\0") > wire.MAX_ARGUMENTS:
+        raise InvalidEnvironment(
+            f"the command has more than {wire.MAX_ARGUMENTS} arguments",
+            "QEMU reads options from a file too (-readconfig)",
+        )
     with ExitStack() as owned:
         with peers_netns(peer) as netns:
             if is_own(netns):
