@@ -20,6 +20,7 @@ Formats: linux/netfilter/nf_tables.h.
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 from contextlib import suppress
@@ -104,8 +105,8 @@ def silence(ifindex: int, name: str) -> None:
     """Silence the link, which is still DOWN and NOARP; the thread stands in its namespace."""
     # A link with less than IPv6's smallest MTU has none of these (addrconf_notify).
     with suppress(FileNotFoundError):
-        _ipv6_setting(name, "disable_ipv6").write_bytes(b"1")
-        _ipv6_setting(name, "addr_gen_mode").write_bytes(b"%d" % _IN6_ADDR_GEN_MODE_NONE)
+        _set_ipv6(name, "disable_ipv6", 1)
+        _set_ipv6(name, "addr_gen_mode", _IN6_ADDR_GEN_MODE_NONE)
     table = text(_NFTA_TABLE_NAME, _table(ifindex))
     messages = [_inet(_NFT_NEWTABLE, table)]
     for chain, hook, key in _CHAINS:
@@ -191,7 +192,7 @@ def unsilenced_by(ifindex: int, name: str) -> str:
     NOARP and addresses are the link's, see links; the thread stands in the namespace.
     """
     with suppress(FileNotFoundError):
-        if _ipv6_setting(name, "disable_ipv6").read_bytes().strip() != b"1":
+        if Path(_ipv6_setting(name, "disable_ipv6")).read_bytes().strip() != b"1":
             return f"IPv6 is enabled on {name}"
     table = _table(ifindex)
     with Netlink(NETLINK_NETFILTER) as netfilter:
@@ -219,9 +220,17 @@ def _table(ifindex: int) -> str:
     return f"{_TABLE_PREFIX}{ifindex}"
 
 
-def _ipv6_setting(name: str, key: str) -> Path:
+def _ipv6_setting(name: str, key: str) -> str:
     # proc_sys_lookup answers for the namespace of the thread that opens.
-    return Path("/proc/sys/net/ipv6/conf", name, key)
+    return f"/proc/sys/net/ipv6/conf/{name}/{key}"
+
+
+def _set_ipv6(name: str, key: str, value: int) -> None:
+    setting = os.open(_ipv6_setting(name, key), os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(setting, b"%d" % value)
+    finally:
+        os.close(setting)
 
 
 def _inet(kind: int, payload: bytes, flags: int = netlink.NLM_F_CREATE) -> tuple[int, int, bytes]:

@@ -2,7 +2,8 @@
 
 One event loop and one task group; whatever enters the kernel runs in threads, because a netlink
 delete blocks for 20 ms. CNI requests and hand-offs have threads of their own, so that pods, which
-may all ask at once, cannot make the runtime wait. What the agent serves with is given to it.
+may all ask at once, cannot make the runtime wait; nor does a runtime wait for the event loop. What
+the agent serves with is given to it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -25,6 +27,7 @@ from typing import Final
 from extbridge.ledger import Holder
 from extbridge.node import broker, wire
 from extbridge.node.broker import HandOff, Lease, Peer
+from extbridge.node.cni_threads import CniThreads
 from extbridge.node.metrics import CONTENT_TYPE, Metrics
 from extbridge.node.reconcile import spooled
 from extbridge.node.sockets import Sockets
@@ -46,6 +49,7 @@ PENDING_TAPS: Final = 256
 _REFUSED_STATUS = 125
 _SPOOL_SECONDS = 1.0
 _SPOOL_RETRY_SECONDS = 60.0
+_TURN_SECONDS = 0.5
 _SCRAPE_BYTES = 8 << 10
 
 _LONGEST_REFUSAL = 300
@@ -82,8 +86,8 @@ class Agent:
         self._sockets = sockets
         self._metrics = metrics
         self._phase = Phase.STARTING
-        self._cni_threads = ThreadPoolExecutor(CNI_THREADS, "cni")
         self._tap_threads = ThreadPoolExecutor(TAP_THREADS, "tap")
+        self._adding = threading.Lock()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._pending: Counter[int] = Counter()
         self._leases: dict[Holder, Lease] = {}
@@ -98,28 +102,31 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._services.reload)
-        with self._cni_threads, self._tap_threads:
+        with self._tap_threads:
             try:
                 await self._reconcile()
                 async with asyncio.TaskGroup() as tasks:
                     servers = [
                         tasks.create_task(server)
                         for server in (
-                            self._accept(self._sockets.cni, self._serve_cni, tasks),
                             self._accept(self._sockets.taps, self._serve_taps, tasks),
                             self._accept(self._sockets.metrics, self._serve_metrics, tasks),
                             self._watch_spool(),
                         )
                     ]
                     self._phase = Phase.SERVING
-                    notify("READY=1")
-                    log.info("serving")
-                    await stop.wait()
-                    self._phase = Phase.DRAINING
-                    notify("STOPPING=1")
-                    log.info("draining", extra={"in_flight": len(self._in_flight)})
-                    if begun := set(self._in_flight):
-                        await asyncio.wait(begun)
+                    with CniThreads(self._sockets.cni, self._serve_cni, CNI_THREADS) as runtimes:
+                        notify("READY=1")
+                        log.info("serving")
+                        await stop.wait()
+                        self._phase = Phase.DRAINING
+                        notify("STOPPING=1")
+                        begun = set(self._in_flight)
+                        in_flight = len(begun) + runtimes.in_flight
+                        log.info("draining", extra={"in_flight": in_flight})
+                        if begun:
+                            await asyncio.wait(begun)
+                        await asyncio.to_thread(runtimes.settle)
                     for server in servers:
                         server.cancel()
             finally:
@@ -128,13 +135,12 @@ class Agent:
                     os.close(lease.pidfd)
 
     async def _reconcile(self) -> None:
-        loop = asyncio.get_running_loop()
-        replayed = await loop.run_in_executor(self._cni_threads, self._services.replay_spool)
-        repairs = dict(await loop.run_in_executor(self._cni_threads, self._services.repair))
+        replayed = await asyncio.to_thread(self._services.replay_spool)
+        repairs = dict(await asyncio.to_thread(self._services.repair))
         repairs["spool"] = replayed
         for kind, number in repairs.items():
             self._metrics.repairs.labels(kind).inc(number)
-        for lease in await loop.run_in_executor(self._cni_threads, self._services.leases):
+        for lease in await asyncio.to_thread(self._services.leases):
             self._watch_lease(lease)
         log.info("reconciled", extra={"repairs": repairs, "leases": len(self._leases)})
 
@@ -148,8 +154,7 @@ class Agent:
             with contextlib.suppress(OSError):
                 waiting = spooled(self._services.spool)
                 if waiting and (waiting != seen or loop.time() >= due):
-                    replay = self._services.replay_spool
-                    served = await loop.run_in_executor(self._cni_threads, replay)
+                    served = await asyncio.to_thread(self._services.replay_spool)
                     self._metrics.repairs.labels("spool").inc(served)
                     due = loop.time() + _SPOOL_RETRY_SECONDS
                 seen = waiting
@@ -179,35 +184,54 @@ class Agent:
     async def _guard(
         self, serve: Callable[[socket.socket], Coroutine[None, None, None]], peer: socket.socket
     ) -> None:
-        """Whatever one connection comes to, the agent goes on."""
-        with peer:
-            try:
-                await serve(peer)
-            except (wire.WireError, TimeoutError, OSError) as error:
-                self._refuse("protocol", f"{type(error).__name__}: {error}")
-            except Exception:
-                log.exception("a defect in serving a connection")
+        with peer, self._guarded():
+            await serve(peer)
 
-    async def _serve_cni(self, peer: socket.socket) -> None:
-        if not broker.is_node_root(peer):
-            self._refuse("caller", "cni.sock is for root in the node's own network namespace")
-            return
-        async with asyncio.timeout(wire.REQUEST_SECONDS):
-            frame = await wire.receive_frame(peer, limit=wire.MAX_CNI_BYTES, max_fds=1)
-        with contextlib.closing(frame):
-            began = time.perf_counter()
-            request = wire.decode_request(frame.payload, wire.CNI)
-            netns = frame.fds[0] if frame.fds else None
-            if self._phase is Phase.DRAINING:
-                answer = skel.answer_failure(_draining(), request.body)
-            else:
-                loop = asyncio.get_running_loop()
-                answer = await loop.run_in_executor(
-                    self._cni_threads, self._services.answer, request, netns
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Whatever one connection comes to, the agent goes on."""
+        try:
+            yield
+        except (wire.WireError, TimeoutError, OSError) as error:
+            self._refuse("protocol", f"{type(error).__name__}: {error}")
+        except Exception:
+            log.exception("a defect in serving a connection")
+
+    def _serve_cni(self, peer: socket.socket) -> None:
+        with self._guarded():
+            if not broker.is_node_root(peer):
+                self._refuse("caller", "cni.sock is for root in the node's own network namespace")
+                return
+            with contextlib.closing(
+                wire.wait_for_frame(
+                    peer, limit=wire.MAX_CNI_BYTES, max_fds=1, seconds=wire.REQUEST_SECONDS
                 )
-            self._account(request, answer, time.perf_counter() - began)
-        async with asyncio.timeout(wire.ANSWER_SECONDS):
-            await wire.send_frame(peer, wire.encode_cni_answer(answer.exit_code, answer.stdout))
+            ) as frame:
+                began = time.perf_counter()
+                request = wire.decode_request(frame.payload, wire.CNI)
+                answer = self._answer(request, frame.fds[0] if frame.fds else None)
+                seconds = time.perf_counter() - began
+            payload = wire.encode_cni_answer(answer.exit_code, answer.stdout)
+            try:
+                peer.settimeout(wire.ANSWER_SECONDS)
+                peer.sendall(wire.frame_head(payload) + payload)
+            finally:
+                # The runtime does not wait for what only we want to know.
+                self._account(request, answer, seconds)
+
+    def _answer(self, request: wire.Request, netns: int | None) -> skel.Answer:
+        if self._phase is Phase.DRAINING:
+            return skel.answer_failure(_draining(), request.body)
+        if request.environ.get("CNI_COMMAND") != Verb.ADD:
+            return self._services.answer(request, netns)
+        # One after the other: at once, their threads do little but take the interpreter from each
+        # other, and all of them take twice as long. But one that hangs does not keep the others.
+        in_turn = self._adding.acquire(timeout=_TURN_SECONDS)
+        try:
+            return self._services.answer(request, netns)
+        finally:
+            if in_turn:
+                self._adding.release()
 
     async def _serve_taps(self, peer: socket.socket) -> None:
         try:
@@ -248,10 +272,8 @@ class Agent:
             )
         except OSError as failure:
             raise skel.translate(failure) from failure
-        self._metrics.hand_off_duration.observe(time.perf_counter() - began)
-        self._metrics.hand_offs.inc(given.taps)
+        seconds = time.perf_counter() - began
         self._watch_lease(given.lease)
-        log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
         try:
             async with asyncio.timeout(wire.ANSWER_SECONDS):
                 for payload, fds in given.frames:
@@ -261,6 +283,9 @@ class Agent:
             # it does not take the others it ends, and its lease with it; or it may ask anew. The
             # last to close a tap waits for a grace period (tap_put_queue): not the event loop.
             await loop.run_in_executor(self._tap_threads, given.owned.close)
+            self._metrics.hand_off_duration.observe(seconds)
+            self._metrics.hand_offs.inc(given.taps)
+            log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
 
     async def _serve_metrics(self, peer: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ import array
 import asyncio
 import contextlib
 import os
-import selectors
+import select
 import socket
 import struct
 import time
@@ -81,16 +81,17 @@ def wait_for_frame(connection: socket.socket, *, limit: int, max_fds: int, secon
     """The same for those without an event loop; raises TimeoutError after so many seconds."""
     deadline = time.monotonic() + seconds
     steps = _receive(connection, limit, max_fds)
-    with contextlib.closing(steps), selectors.DefaultSelector() as selector:
-        selector.register(connection, selectors.EVENT_READ)
+    readable = select.poll()
+    readable.register(connection, select.POLLIN)
+    with contextlib.closing(steps):
         while True:
             try:
                 next(steps)
             except StopIteration as done:
                 frame: Frame = done.value
                 return frame
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"no answer in {seconds:g} s")
+            if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError(f"no frame in {seconds:g} s")
 
 
 async def send_frame(connection: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
