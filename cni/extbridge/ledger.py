@@ -48,13 +48,14 @@ class Holder:
     def of(cls, pid: int) -> Self:
         """The living process `pid`; raises ProcessLookupError where there is none."""
         try:
-            status = Path("/proc", str(pid), "stat").read_text(errors="replace")
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                status = file.read()
         except FileNotFoundError as error:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} is gone") from error
         # From field 3 on; field 2, the command, may itself hold spaces and brackets (man 5 proc).
-        fields = status.rpartition(")")[2].split()
+        fields = status.rpartition(b")")[2].split()
         state, threads, started = fields[0], int(fields[17]), int(fields[19])
-        if state in "ZX" and threads <= 1:
+        if state in b"ZX" and threads <= 1:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
         return cls(pid, started)
 

@@ -158,6 +158,17 @@ class Agent:
                 values[f"{sample.name}{{{labels}}}" if labels else sample.name] = int(sample.value)
         return values
 
+    def counts(self, expected: Mapping[str, int]) -> None:
+        """See that its metrics come to have these values: it counts when it has answered."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            metrics = self.metrics()
+            found = {name: metrics[f"extbridge_{name}"] for name in expected}
+            if found == expected or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        assert found == expected
+
     def _is_ready(self, notified: socket.socket) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log

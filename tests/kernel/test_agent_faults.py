@@ -27,7 +27,7 @@ MAC = "52:54:00:00:00:01"
 HOSTILE = """
 import collections, ctypes, os, random, select, socket, sys, time
 from extbridge.node import wire
-kind, path = sys.argv[1:]
+kind, path, times = sys.argv[1:]
 null = os.open("/dev/null", os.O_RDONLY)
 held = collections.deque(maxlen=700)
 def framed(payload):
@@ -71,19 +71,21 @@ def namespaces():
     assert ctypes.CDLL(None).unshare(0x40000000) == 0
     for _ in range(16):
         held.append(connect())
+    # To be counted as of this namespace, and not of the next.
+    time.sleep(0.02)
 for number in range(1 << 20):
     try:
         globals()[kind]()
     except OSError:
         pass
-    if number == 100:
+    if number == int(times):
         print("hostile", flush=True)
-    if number > 100 and select.select([sys.stdin], [], [], 0.001)[0]:
+    if number >= int(times) and select.select([sys.stdin], [], [], 0.001 if number else None)[0]:
         break
 """
 
 
-# What the event loop sends last.
+# What the event loop sends to a launcher.
 ANSWER = Call("sendmsg", 1, "the answer")
 
 
@@ -148,6 +150,20 @@ def test_agent_without_a_free_fd_recovers(agent: Agent, shim: Cni, nic: Nic, pod
     assert leftovers(pod, agent.run_dir) == []
 
 
+def test_nobody_is_waited_for(agent: Agent, shim: Cni, nic: Nic, pod: str) -> None:
+    """Whoever stops in the midst of a request, or does not take the answer, is hung up on."""
+    assert shim("ADD", network_config(nic), NETNS=pod).status == 0
+    idle = agent.fds
+    with hostile(agent, pod, "deaf", once=True), ExitStack() as closing:
+        deaf = until(lambda: agent.fds > idle and agent.fds)
+        for path in ("cni.sock", "pod/tap.sock", "metrics.sock"):
+            for said in (b"", b"x"):
+                silent = closing.enter_context(connected(agent.run_dir / path))
+                silent.sendall(said)
+        until(lambda: agent.fds > deaf)
+        until(lambda: agent.fds <= idle)
+
+
 # kill -9, at each of the calls by which a request changes anything.
 
 
@@ -163,10 +179,9 @@ def test_add_that_the_agent_dies_in(
     with recording(agent, tmp_path) as calls:
         assert shim("ADD", config, NETNS=pod).status == 0
     assert shim("DEL", config, NETNS=pod).status == 0
-    assert len(calls) > 15
     last = max(n for n, call in enumerate(calls) if "rename" in call.name)
-    for number, call in enumerate([*calls, ANSWER]):
-        renew(agent)
+    assert last > 15
+    for number, call in enumerate(calls):
         with killing(agent, call):
             assert shim("ADD", config, NETNS=pod).error["code"] == 11, call
         if number > last:
@@ -190,9 +205,8 @@ def test_del_that_the_agent_dies_in(
     with recording(agent, tmp_path) as calls:
         assert shim("DEL", config, NETNS=pod).status == 0
     assert len(calls) > 5
-    for call in [*calls, ANSWER]:
+    for call in calls:
         assert shim("ADD", config, NETNS=pod).status == 0
-        renew(agent)
         deleting = shim.start("DEL", NETNS=pod)
         with deleting, killing(agent, call):
             assert deleting.stdin is not None
@@ -211,11 +225,8 @@ def test_hand_off_that_the_agent_dies_in(
     assert shim("ADD", network_config(nic, mac=MAC), NETNS=pod).status == 0
     with ExitStack() as holding, recording(agent, tmp_path) as calls:
         holding.enter_context(launcher.holding(pod))
-    # What it sends that is no netlink message wakes the event loop: the taps are open.
-    opened = next(n for n, it in enumerate(calls) if it.name == "sendto" and "nlm" not in it.shown)
-    assert opened > 5
-    for call in [*calls[: opened + 1], ANSWER]:
-        renew(agent)
+    assert len(calls) > 5
+    for call in [*calls, ANSWER]:
         with killing(agent, call):
             assert "no answer" in launcher.refusal(pod, *LIVE), call
         entries = list(Ledger(agent.run_dir).entries())
@@ -241,7 +252,6 @@ def test_end_of_a_lease_that_the_agent_dies_in(
     for call in calls:
         with ExitStack() as holding:
             holding.enter_context(launcher.holding(pod))
-            renew(agent)
             with killing(agent, call):
                 holding.close()
                 until(lambda: agent.has_died)
@@ -250,9 +260,10 @@ def test_end_of_a_lease_that_the_agent_dies_in(
 
 
 @contextmanager
-def hostile(agent: Agent, pod: str, kind: str) -> Iterator[None]:
-    """A process in the pod that has been hostile for a while, and is during the block."""
-    script = (sys.executable, "-c", HOSTILE, kind, str(agent.run_dir / "pod/tap.sock"))
+def hostile(agent: Agent, pod: str, kind: str, *, once: bool = False) -> Iterator[None]:
+    """A process in the pod that has been hostile for a while, or once, and is during the block."""
+    tap_socket = str(agent.run_dir / "pod/tap.sock")
+    script = (sys.executable, "-c", HOSTILE, kind, tap_socket, "1" if once else "100")
     with subprocess.Popen(
         ("nsenter", f"--net={pod}", "--", *script),
         stdin=subprocess.PIPE,
@@ -266,35 +277,34 @@ def hostile(agent: Agent, pod: str, kind: str) -> Iterator[None]:
     assert process.returncode == 0
 
 
-def renew(agent: Agent) -> None:
-    """Have an agent of which it is known which threads serve: one of each kind, all idle."""
-    for _ in range(10):
-        agent.metrics()
-        if len(agent.threads) == 3:
-            return
-        agent.kill()
-        agent.start()
-    pytest.fail(f"the agent has {len(agent.threads)} threads")
-
-
 @contextmanager
 def recording(agent: Agent, folder: Path) -> Iterator[list[Call]]:
     """What the thread that serves the block's request changes; the list is full after the block."""
-    renew(agent)
     calls: list[Call] = []
     log = folder / "recorded"
     traced = f"--trace={','.join(f'?{name}' for name in CHANGING)}"
-    with attached(agent.threads[1:], f"--output={log}", traced):
+    with attached(workers(agent), f"--output={log}", traced):
         yield calls
-    calls += changes_in(log)
+    for call in changes_in(log):
+        calls.append(call)
+        # What it sends that is no netlink message is its answer, to the shim or the event loop.
+        if call.name == "sendto" and "nlmsg" not in call.shown:
+            break
 
 
 @contextmanager
 def killing(agent: Agent, call: Call) -> Iterator[None]:
     """The agent dies as it enters the call, during the block; after it there is the next agent."""
-    loop, *workers = agent.threads
+    threads = [agent.pid] if call is ANSWER else workers(agent)
     inject = f"--inject={call.name}:signal=KILL:when={call.number}"
-    with attached([loop] if call is ANSWER else workers, f"--trace={call.name}", inject):
+    with attached(threads, f"--trace={call.name}", inject):
         yield
     agent.end(-signal.SIGKILL)
     agent.start()
+
+
+def workers(agent: Agent) -> list[int]:
+    """The threads of which one will serve whatever comes."""
+    # So that one for taps is there.
+    agent.metrics()
+    return [thread for thread in agent.threads if thread != agent.pid]

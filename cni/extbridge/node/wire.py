@@ -226,8 +226,6 @@ def _take(
         if not data:
             raise WireError("the connection ended within a frame")
         taken += data
-        # They ride on the first byte, and only there.
-        max_fds = len(frame.fds)
     return bytes(taken)
 
 

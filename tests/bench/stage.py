@@ -1,0 +1,236 @@
+"""The stage: a node with a NIC, an agent, the shim and empty pods, and the stopwatch.
+
+A program is timed from before it is started until its end is known. It is started by posix_spawn,
+which does not copy the memory of this large process.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import os
+import resource
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import count, cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Final, Self
+
+from extbridge.demo.lab import Lab, run
+from extbridge.node import wire
+from extbridge.node.sockets import CNI_SOCKET, TAP_SOCKET
+from tests.support import executable
+
+MACVLAN: Final = "/usr/lib/cni/macvlan"
+
+_CLONE_NEWNET = 0x40000000
+_START_SECONDS = 10.0
+_ANSWER_SECONDS = 60.0
+
+# os.unshare came with Python 3.12.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class BenchFailure(Exception):
+    """What was to be timed did not succeed; the message is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A namespace in which nothing is, and the name under which its next attachment goes."""
+
+    netns: int
+    container_id: str
+
+    @property
+    def path(self) -> str:
+        """The namespace as others can open it."""
+        return f"/proc/{os.getpid()}/fd/{self.netns}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A CNI plugin: an executable, what it reads on its standard input, and the NIC that names."""
+
+    executable: str
+    config: Path
+    nic: str
+
+
+class Stage:
+    """A node, in namespaces of the calling process (become_node); gone when it closes."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._numbers = count()
+        # An fd a pod, and there are more than most are allowed unless they ask.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        try:
+            folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="extbridge-bench")))
+            # As /run is on a node. Mounted where nobody else sees it, gone with this process.
+            run("mount", "-t", "tmpfs", "extbridge-bench", str(folder))
+            self._stack.callback(run, "umount", "--lazy", str(folder))
+            self._lab = self._stack.enter_context(Lab())
+            self._folder = folder
+            self.run_dir = folder / "run"
+            nic = self._lab.nic().name
+            run(executable("extbridge"), "install", "--shim-only", "--bin-dir", str(folder))
+            self.launcher = str(folder / "extbridge-exec")
+            self.shim = self._plugin(str(folder / "extbridge"), nic)
+            self.in_process = self._plugin(executable("extbridge-cni"), nic)
+            self.macvlan = self._plugin(MACVLAN, nic)
+            self.agent = self._start_agent()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove everything, what was made last first."""
+        self._stack.close()
+
+    def another_nic(self) -> Plugin:
+        """The shim, for a network on a further NIC."""
+        return self._plugin(self.shim.executable, self._lab.nic().name)
+
+    def pods(self, number: int) -> Callable[[], Pod]:
+        """Make so many namespaces; the answer gives one after the other, from the first again.
+
+        With many, none is used again before the kernel has done with what was removed from it: in
+        one and the same namespace an ADD right after a DEL waits for a grace period of nf_tables,
+        which no pod does.
+        """
+
+        def unshare() -> int:
+            if _libc.unshare(_CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, f"unshare: {os.strerror(code)}")
+            netns = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            self._stack.callback(os.close, netns)
+            return netns
+
+        with ThreadPoolExecutor(1) as thread:
+            made = cycle([thread.submit(unshare).result() for _ in range(number)])
+        return lambda: Pod(next(made), f"bench{next(self._numbers)}")
+
+    def environment(self, verb: str, pod: Pod) -> dict[str, str]:
+        """What a runtime tells a plugin by variables."""
+        return {
+            "CNI_COMMAND": verb,
+            "CNI_CONTAINERID": pod.container_id,
+            "CNI_NETNS": pod.path,
+            "CNI_IFNAME": "net1",
+            "CNI_PATH": os.path.dirname(MACVLAN),
+        }
+
+    def start(self, plugin: Plugin, verb: str, pod: Pod) -> int:
+        """Start the plugin; the answer is its process."""
+        answer = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        return os.posix_spawn(
+            plugin.executable,
+            [os.path.basename(plugin.executable)],
+            {**self.environment(verb, pod), "EXTBRIDGE_RUN": str(self.run_dir)},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, str(plugin.config), os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, self._answer(pod), answer, 0o600),
+            ],
+        )
+
+    def finish(self, process: int, pod: Pod) -> None:
+        """Wait for the process; raises BenchFailure if it did not succeed."""
+        _, status = os.waitpid(process, 0)
+        if status != 0:
+            raise BenchFailure(Path(self._answer(pod)).read_text(encoding="utf-8"))
+
+    def time(self, plugin: Plugin, verb: str, pod: Pod) -> float:
+        """Milliseconds that one run of the plugin takes."""
+        return milliseconds(lambda: self.finish(self.start(plugin, verb, pod), pod))
+
+    def time_at_once(self, plugin: Plugin, verb: str, pods: Sequence[Pod]) -> float:
+        """Milliseconds from the first start to the last end of a run for each pod, all at once."""
+
+        def at_once() -> None:
+            started = [(self.start(plugin, verb, pod), pod) for pod in pods]
+            for process, pod in started:
+                self.finish(process, pod)
+
+        return milliseconds(at_once)
+
+    def ask(self, plugin: Plugin, verb: str, pod: Pod) -> None:
+        """Ask the agent without a process, for what need not be timed."""
+        environ = self.environment(verb, pod)
+        request = wire.encode_request(wire.CNI, environ, plugin.config.read_bytes())
+        rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pod.netns]))]
+        with socket.socket(socket.AF_UNIX) as agent:
+            agent.connect(str(self.run_dir / CNI_SOCKET))
+            agent.sendmsg([wire.frame_head(request) + request], rides)
+            agent.settimeout(0)
+            with closing(
+                wire.wait_for_frame(
+                    agent, limit=wire.MAX_CNI_BYTES, max_fds=0, seconds=_ANSWER_SECONDS
+                )
+            ) as frame:
+                if frame.payload[:4] != bytes(4):
+                    raise BenchFailure(frame.payload[4:].decode())
+
+    def _answer(self, pod: Pod) -> str:
+        return str(self._folder / pod.container_id)
+
+    def _plugin(self, path: str, nic: str) -> Plugin:
+        config = {
+            "cniVersion": "1.0.0",
+            "name": "bench",
+            **(
+                {"type": "macvlan", "master": nic, "mode": "bridge"}
+                if path == MACVLAN
+                else {"type": "extbridge", "extbridge": {"mode": "bridge", "dev": nic}}
+            ),
+        }
+        file = self._folder / f"{os.path.basename(path)}-{nic}.json"
+        file.write_text(json.dumps(config), encoding="utf-8")
+        return Plugin(path, file, nic)
+
+    def _start_agent(self) -> int:
+        log = self._stack.enter_context((self._folder / "log").open("wb"))
+        # However this process ends, its agent does not outlive it.
+        agent = self._stack.enter_context(
+            subprocess.Popen(
+                ("setpriv", "--pdeathsig", "KILL", executable("extbridge"),
+                 "agent", "--run-dir", str(self.run_dir)),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        )  # fmt: skip
+        self._stack.callback(agent.kill)
+        deadline = time.monotonic() + _START_SECONDS
+        while not (self.run_dir / TAP_SOCKET).exists():
+            if agent.poll() is not None or time.monotonic() > deadline:
+                raise BenchFailure((self._folder / "log").read_text(encoding="utf-8"))
+            time.sleep(0.01)
+        return agent.pid
+
+
+def milliseconds(timed: Callable[[], object]) -> float:
+    """How long the call takes."""
+    began = time.perf_counter()
+    timed()
+    return (time.perf_counter() - began) * 1000
