@@ -112,7 +112,7 @@ def test_repeated_requests_cost_nothing(agent: Agent, shim: Cni, nic: Nic, pod: 
             assert answer.status == 0, answer
 
     add_and_delete(20)
-    fds, threads, resident = agent.fds, len(agent.threads), agent.resident_kib
+    fds, threads, resident = agent.settled_fds(), len(agent.threads), agent.resident_kib
     add_and_delete(200)
     # DEL leaves the closing of a socket to a thread of its own.
     until(lambda: agent.fds <= fds and len(agent.threads) <= threads)

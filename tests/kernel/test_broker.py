@@ -230,7 +230,7 @@ def test_number_of_a_process_that_ended_is_worth_nothing(
         agent.stop()
         agent.wrapper = (sys.executable, "-c", WITHOUT_PEERPIDFD)
         agent.start()
-    idle = agent.fds
+    idle = agent.settled_fds()
     with reusing(agent, lab.pod("evil"), other) as process:
         assert process.stdin is not None
         assert process.stdout is not None
