@@ -7,6 +7,7 @@ before the first of them, so none can touch a NIC of the machine.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -25,21 +26,29 @@ from tests.support import Cni, missing, require
 
 _PR_SET_CHILD_SUBREAPER = 36
 
+_LOCK = "/run/lock/extbridge-tests"
+
 # A namespace is taken down after its last user is gone (net/core/net_namespace.c, cleanup_net), and
 # its taps with it.
 _SETTLE_SECONDS = 5.0
 
 
 @pytest.fixture(scope="session", autouse=True)
-def node() -> None:
-    """Be a node with nothing on it, and the parent of every process that loses its own."""
+def node() -> Iterator[None]:
+    """Be a node with nothing on it, and the parent of every process that loses its own.
+
+    One on a machine: /dev is all nodes', so two runs would find each other's taps left behind.
+    """
     if os.geteuid() != 0:
         pytest.exit("the tests make network namespaces: run them as root", returncode=2)
-    become_node()
-    # The process keeps the nodes' folder open from its first use on.
-    has_node(0)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
+    with open(_LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        become_node()
+        # The process keeps the nodes' folder open from its first use on.
+        has_node(0)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
+        yield
 
 
 @pytest.fixture(autouse=True)
