@@ -91,12 +91,11 @@ class Agent:
 
     def settled_fds(self) -> int:
         """The same when nothing is under way any more: it answers before it closes."""
-        before: list[int] = []
-        while before[-10:] != [self.fds] * 10:
-            assert len(before) < 1000, before
-            before.append(self.fds)
-            time.sleep(0.01)
-        return self.fds
+        return _settled(lambda: self.fds)
+
+    def settled_threads(self) -> list[int]:
+        """Its threads without those that only wait for the kernel to close something."""
+        return _settled(lambda: self.threads)
 
     @property
     def resident_kib(self) -> int:
@@ -284,6 +283,16 @@ def until(found: Callable[[], T | None]) -> T:
         assert time.monotonic() < deadline, f"it does not become true: {what!r}"
         time.sleep(0.02)
     return what
+
+
+def _settled(reading: Callable[[], T]) -> T:
+    """What is read when it has been the same for a while."""
+    before: list[T] = []
+    while before[-10:] != [latest := reading()] * 10:
+        assert len(before) < 1000, before
+        before.append(latest)
+        time.sleep(0.01)
+    return latest
 
 
 def children_of(pid: int) -> list[int]:

@@ -309,4 +309,4 @@ def workers(agent: Agent) -> list[int]:
     """The threads of which one will serve whatever comes."""
     # So that one for taps is there.
     agent.metrics()
-    return [thread for thread in agent.threads if thread != agent.pid]
+    return [thread for thread in agent.settled_threads() if thread != agent.pid]
