@@ -23,6 +23,7 @@ from extbridge.kernel.links import (
     find_link,
     has_address,
     list_links,
+    list_our_links,
     set_mac,
     set_up,
 )
@@ -179,9 +180,9 @@ def detach_unrecorded(container_id: str, cni_ifname: str, mac: str, *, pod: Pod)
     MAC that prevResult gave (`mac`, may be empty) or by its name.
     """
     whose = alias_of(container_id, cni_ifname)
-    for link in list_links(pod.route):
+    for link in list_our_links(pod.route):
         nameless = not link.alias and (link.mac == mac or link.name == cni_ifname)
-        if link.ours and (link.alias == whose or nameless):
+        if link.alias == whose or nameless:
             delete_link(pod.route, link.ifindex)
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from extbridge.attachment import container_of
-from extbridge.kernel.links import Link, list_links
+from extbridge.kernel.links import Link, list_our_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode
 from extbridge.kernel.taps import open_tap, open_vhost
@@ -47,7 +47,7 @@ def take_taps(
     WrongTap if the node is another's.
     """
     with inside(netns), Netlink(NETLINK_ROUTE) as route:
-        links = sorted((it for it in list_links(route) if it.ours), key=lambda link: link.name)
+        links = sorted(list_our_links(route), key=lambda link: link.name)
     missing = sorted(set(ifnames) - {link.name for link in links})
     if missing or not links:
         present = ", ".join(link.name for link in links) or "none"

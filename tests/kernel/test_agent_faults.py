@@ -85,7 +85,7 @@ for number in range(1 << 20):
 """
 
 
-# What the event loop sends to a launcher.
+# What is sent to a launcher.
 ANSWER = Call("sendmsg", 1, "the answer")
 
 
@@ -297,9 +297,8 @@ def recording(agent: Agent, folder: Path) -> Iterator[list[Call]]:
 @contextmanager
 def killing(agent: Agent, call: Call) -> Iterator[None]:
     """The agent dies as it enters the call, during the block; after it there is the next agent."""
-    threads = [agent.pid] if call is ANSWER else workers(agent)
     inject = f"--inject={call.name}:signal=KILL:when={call.number}"
-    with attached(threads, f"--trace={call.name}", inject):
+    with attached(workers(agent), f"--trace={call.name}", inject):
         yield
     agent.end(-signal.SIGKILL)
     agent.start()

@@ -143,7 +143,7 @@ def test_frame_of_any_size_arrives(size: int) -> None:
     async def pass_on() -> Frame:
         ours, theirs = nonblocking_pair()
         with ours, theirs, some_files(3) as files:
-            sending = asyncio.create_task(wire.send_frame(theirs, payload, files))
+            sending = asyncio.create_task(wire.Sending(payload, files).finish(theirs))
             frame = await wire.receive_frame(ours, limit=size, max_fds=3)
             await sending
             return frame
@@ -231,7 +231,7 @@ def test_peer_that_does_not_read_is_not_waited_for() -> None:
 
     async def answer(connection: socket.socket) -> None:
         async with asyncio.timeout(0.001):
-            await wire.send_frame(connection, bytes(wire.MAX_CNI_BYTES))
+            await wire.Sending(bytes(wire.MAX_CNI_BYTES)).finish(connection)
 
     ours, theirs = nonblocking_pair()
     with ours:

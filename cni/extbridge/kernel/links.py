@@ -36,6 +36,7 @@ _IFLA_LINKINFO = 18
 _IFLA_IFALIAS = 20
 _IFLA_GROUP = 27
 _IFLA_NET_NS_FD = 28
+_IFLA_EXT_MASK = 29
 _IFLA_NUM_TX_QUEUES = 31
 _IFLA_NUM_RX_QUEUES = 32
 _IFLA_CARRIER = 33
@@ -47,6 +48,9 @@ _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
 _IFF_NOARP = 0x80
 _IFF_ALLMULTI = 0x200
+
+# No counters in the answer: they are half of it, and take the kernel time.
+_RTEXT_FILTER_SKIP_STATS = 0x8
 
 _ARPHRD_ETHER = 1
 
@@ -168,7 +172,7 @@ def delete_link(route: Netlink, ifindex: int) -> None:
 
 def find_link(route: Netlink, *, name: str = "", ifindex: int = 0) -> Link | None:
     """The link with this name, or else this ifindex, in the socket's namespace."""
-    payload = _IFINFO.pack(0, 0, ifindex, 0, 0) + (text(_IFLA_IFNAME, name) if name else b"")
+    payload = _lookup(ifindex) + (text(_IFLA_IFNAME, name) if name else b"")
     try:
         answers = route.request(_RTM_GETLINK, payload, what=f"RTM_GETLINK {name or ifindex}")
     except OSError as error:
@@ -181,9 +185,19 @@ def find_link(route: Netlink, *, name: str = "", ifindex: int = 0) -> Link | Non
 def list_links(route: Netlink) -> list[Link]:
     """Every link of the socket's namespace."""
     answers = route.request(
-        _RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0), flags=netlink.NLM_F_DUMP, what="RTM_GETLINK dump"
+        _RTM_GETLINK, _lookup(0), flags=netlink.NLM_F_DUMP, what="RTM_GETLINK dump"
     )
     return [_parse(answer) for answer in answers]
+
+
+def list_our_links(route: Netlink) -> list[Link]:
+    """The macvtaps of the socket's namespace that extbridge made."""
+    # The kernel leaves out what is of another kind (link_kind_filtered), if it knows the kind.
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "macvtap"))
+    answers = route.request(
+        _RTM_GETLINK, _lookup(0) + kind, flags=netlink.NLM_F_DUMP, what="RTM_GETLINK macvtaps"
+    )
+    return [link for link in map(_parse, answers) if link.ours]
 
 
 def has_address(route: Netlink, ifindex: int) -> bool:
@@ -195,6 +209,10 @@ def has_address(route: Netlink, ifindex: int) -> bool:
         what=f"RTM_GETADDR dump of ifindex {ifindex}",
     )
     return any(_IFADDR.unpack_from(answer)[4] == ifindex for answer in answers)
+
+
+def _lookup(ifindex: int) -> bytes:
+    return _IFINFO.pack(0, 0, ifindex, 0, 0) + u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
 
 
 def _parse(payload: bytes) -> Link:

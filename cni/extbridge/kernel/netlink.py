@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self
 
@@ -71,20 +70,18 @@ def u32(kind: int, value: int) -> bytes:
     return attribute(kind, struct.pack("=I", value))
 
 
-def walk(payload: bytes) -> Iterator[tuple[int, bytes]]:
-    """The attributes in `payload`, in order, flags stripped from their types."""
-    at = 0
-    while at + _ATTRIBUTE.size <= len(payload):
+def attributes(payload: bytes) -> dict[int, bytes]:
+    """The attributes in `payload` by type, without flags; where a type repeats, the last."""
+    found = {}
+    at, end = 0, len(payload) - _ATTRIBUTE.size
+    while at <= end:
         length, kind = _ATTRIBUTE.unpack_from(payload, at)
         if length < _ATTRIBUTE.size:
-            return
-        yield kind & _NLA_TYPE_MASK, payload[at + _ATTRIBUTE.size : at + length]
-        at += length + -length % 4
-
-
-def attributes(payload: bytes) -> dict[int, bytes]:
-    """The attributes in `payload` by type; where a type repeats, the last."""
-    return dict(walk(payload))
+            break
+        found[kind & _NLA_TYPE_MASK] = payload[at + _ATTRIBUTE.size : at + length]
+        # A link has some fifty: this loop is a good part of looking at one.
+        at += (length + 3) & ~3
+    return found
 
 
 def as_text(payload: bytes) -> str:

@@ -21,13 +21,14 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from extbridge.ledger import Holder
 from extbridge.node import broker, wire
+from extbridge.node.answering import AnsweringThreads
 from extbridge.node.broker import HandOff, Lease, Peer
-from extbridge.node.cni_threads import CniThreads
 from extbridge.node.metrics import CONTENT_TYPE, Metrics
 from extbridge.node.reconcile import spooled
 from extbridge.node.sockets import Sockets
@@ -46,6 +47,9 @@ PENDING_TAPS_OF_A_POD: Final = 16
 PENDING_TAPS: Final = 256
 """Those of all namespaces, of which a pod may be able to make many."""
 
+_AT_ONCE_SECONDS = 0.001
+"""A launcher's request follows its connection; the way to the event loop takes a third of this."""
+
 _REFUSED_STATUS = 125
 _SPOOL_SECONDS = 1.0
 _SPOOL_RETRY_SECONDS = 60.0
@@ -54,6 +58,13 @@ _SCRAPE_BYTES = 8 << 10
 
 _LONGEST_REFUSAL = 300
 """Characters of a sentence that go to the log: of some, a pod chooses the length."""
+
+
+Serve = Callable[[socket.socket], Coroutine[None, None, None]]
+"""Serves a connection on the event loop, to its end."""
+
+GoOn = Callable[[Serve, socket.socket], object]
+"""Gives a connection to the event loop, which owns it from then on."""
 
 
 class Phase(Enum):
@@ -106,26 +117,34 @@ class Agent:
             try:
                 await self._reconcile()
                 async with asyncio.TaskGroup() as tasks:
+                    begin = partial(self._begin, tasks)
+                    launchers = partial(
+                        self._meet_launcher, partial(loop.call_soon_threadsafe, begin)
+                    )
                     servers = [
-                        tasks.create_task(server)
-                        for server in (
-                            self._accept(self._sockets.taps, self._serve_taps, tasks),
-                            self._accept(self._sockets.metrics, self._serve_metrics, tasks),
-                            self._watch_spool(),
-                        )
+                        tasks.create_task(self._accept(self._sockets.metrics, begin)),
+                        tasks.create_task(self._watch_spool()),
                     ]
                     self._phase = Phase.SERVING
-                    with CniThreads(self._sockets.cni, self._serve_cni, CNI_THREADS) as runtimes:
+                    with (
+                        AnsweringThreads(
+                            self._sockets.cni, self._serve_cni, name="cni", number=CNI_THREADS
+                        ) as runtimes,
+                        AnsweringThreads(
+                            self._sockets.taps, launchers, name="taps", number=TAP_THREADS
+                        ) as launched,
+                    ):
                         notify("READY=1")
                         log.info("serving")
                         await stop.wait()
                         self._phase = Phase.DRAINING
                         notify("STOPPING=1")
-                        begun = set(self._in_flight)
-                        in_flight = len(begun) + runtimes.in_flight
+                        in_flight = len(self._in_flight) + runtimes.in_flight + launched.in_flight
                         log.info("draining", extra={"in_flight": in_flight})
-                        if begun:
-                            await asyncio.wait(begun)
+                        # These may give the event loop something more to do, so they come first.
+                        await asyncio.to_thread(launched.settle)
+                        if self._in_flight:
+                            await asyncio.wait(set(self._in_flight))
                         await asyncio.to_thread(runtimes.settle)
                     for server in servers:
                         server.cancel()
@@ -160,12 +179,7 @@ class Agent:
                 seen = waiting
             await asyncio.sleep(_SPOOL_SECONDS)
 
-    async def _accept(
-        self,
-        listening: socket.socket,
-        serve: Callable[[socket.socket], Coroutine[None, None, None]],
-        tasks: asyncio.TaskGroup,
-    ) -> None:
+    async def _accept(self, listening: socket.socket, begin: GoOn) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -175,15 +189,16 @@ class Agent:
                 log.warning("accept: %s", error)
                 await asyncio.sleep(0.05)
                 continue
-            task = tasks.create_task(self._guard(serve, connection))
-            self._in_flight.add(task)
-            task.add_done_callback(self._in_flight.discard)
+            begin(self._serve_metrics, connection)
             # As long as connections wait, sock_accept does not: everything else would.
             await asyncio.sleep(0)
 
-    async def _guard(
-        self, serve: Callable[[socket.socket], Coroutine[None, None, None]], peer: socket.socket
-    ) -> None:
+    def _begin(self, tasks: asyncio.TaskGroup, serve: Serve, peer: socket.socket) -> None:
+        task = tasks.create_task(self._guard(serve, peer))
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
+
+    async def _guard(self, serve: Serve, peer: socket.socket) -> None:
         with peer, self._guarded():
             await serve(peer)
 
@@ -198,7 +213,7 @@ class Agent:
             log.exception("a defect in serving a connection")
 
     def _serve_cni(self, peer: socket.socket) -> None:
-        with self._guarded():
+        with peer, self._guarded():
             if not broker.is_node_root(peer):
                 self._refuse("caller", "cni.sock is for root in the node's own network namespace")
                 return
@@ -233,16 +248,42 @@ class Agent:
             if in_turn:
                 self._adding.release()
 
-    async def _serve_taps(self, peer: socket.socket) -> None:
+    def _meet_launcher(self, go_on: GoOn, peer: socket.socket) -> None:
+        """Serve in this thread who says at once what it wants, as launchers do.
+
+        Who does not is waited for on the event loop, where it keeps nobody; so is who is slow to
+        take its taps.
+        """
+        with contextlib.ExitStack() as closing, self._guarded():
+            closing.enter_context(peer)
+            serve: Serve = self._wait_for_launcher
+            if wire.frame_waits(peer, seconds=_AT_ONCE_SECONDS):
+                given = self._serve_at_once(peer)
+                if given is None:
+                    return
+                serve = partial(self._finish_hand_off, given)
+            go_on(serve, peer)
+            closing.pop_all()
+
+    def _serve_at_once(self, peer: socket.socket) -> HandOff | None:
         try:
             with broker.pinned_peer(peer) as process:
-                await self._serve_launcher(peer, process)
+                frame = wire.wait_for_frame(
+                    peer, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0, seconds=0
+                )
+                return self._begin_hand_off(peer, process, frame.payload)
         except CniError as error:
-            self._refuse(type(error).__name__, str(error))
-            async with asyncio.timeout(wire.ANSWER_SECONDS):
-                await wire.send_frame(peer, wire.encode_tap_refusal(_REFUSED_STATUS, str(error)))
+            self._refuse_launcher(peer, error)
+            return None
 
-    async def _serve_launcher(self, peer: socket.socket, process: Peer) -> None:
+    async def _wait_for_launcher(self, peer: socket.socket) -> None:
+        try:
+            with broker.pinned_peer(peer) as process:
+                await self._serve_patiently(peer, process)
+        except CniError as error:
+            self._refuse_launcher(peer, error)
+
+    async def _serve_patiently(self, peer: socket.socket, process: Peer) -> None:
         namespace = broker.netns_of(process.pid)
         if self._pending[namespace] >= PENDING_TAPS_OF_A_POD:
             self._refuse("flood", f"{PENDING_TAPS_OF_A_POD} requests of one namespace are open")
@@ -254,36 +295,50 @@ class Agent:
         try:
             async with asyncio.timeout(wire.REQUEST_SECONDS):
                 frame = await wire.receive_frame(peer, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0)
-            await self._hand_off(peer, process, wire.decode_request(frame.payload, wire.TAPS))
+            given = await asyncio.get_running_loop().run_in_executor(
+                self._tap_threads, self._begin_hand_off, peer, process, frame.payload
+            )
+            await self._finish_hand_off(given, peer)
         finally:
             self._pending[namespace] -= 1
             if not self._pending[namespace]:
                 del self._pending[namespace]
 
-    async def _hand_off(self, peer: socket.socket, process: Peer, request: wire.Request) -> None:
-        """Raises CniError as long as nothing has been handed over."""
+    def _refuse_launcher(self, peer: socket.socket, error: CniError) -> None:
+        self._refuse(type(error).__name__, str(error))
+        # Nothing has been sent before, so there is room for it.
+        wire.Sending(wire.encode_tap_refusal(_REFUSED_STATUS, str(error))).push(peer)
+
+    def _begin_hand_off(self, peer: socket.socket, process: Peer, payload: bytes) -> HandOff:
+        """Open the taps and send what the launcher takes at once, in a thread.
+
+        Raises CniError and WireError; then nothing has been handed over.
+        """
+        request = wire.decode_request(payload, wire.TAPS)
         if self._phase is Phase.DRAINING:
             raise _draining()
-        loop = asyncio.get_running_loop()
         began = time.perf_counter()
         try:
-            given = await loop.run_in_executor(
-                self._tap_threads, self._services.hand_off, process, request
-            )
+            given = self._services.hand_off(process, request)
         except OSError as failure:
             raise skel.translate(failure) from failure
-        seconds = time.perf_counter() - began
+        self._metrics.hand_off_duration.observe(time.perf_counter() - began)
+        # Who has hung up is found out when the rest is sent.
+        with contextlib.suppress(OSError):
+            all(frame.push(peer) for frame in given.frames)
+        return given
+
+    async def _finish_hand_off(self, given: HandOff, peer: socket.socket) -> None:
         self._watch_lease(given.lease)
         try:
             async with asyncio.timeout(wire.ANSWER_SECONDS):
-                for payload, fds in given.frames:
-                    await wire.send_frame(peer, payload, fds)
+                for frame in given.frames:
+                    await frame.finish(peer)
         finally:
             # Closed, not left with an error, which would free them: the launcher may have some. If
             # it does not take the others it ends, and its lease with it; or it may ask anew. The
             # last to close a tap waits for a grace period (tap_put_queue): not the event loop.
-            await loop.run_in_executor(self._tap_threads, given.owned.close)
-            self._metrics.hand_off_duration.observe(seconds)
+            await asyncio.get_running_loop().run_in_executor(self._tap_threads, given.owned.close)
             self._metrics.hand_offs.inc(given.taps)
             log.info("taps handed", extra={"pid": given.lease.holder.pid, "taps": given.taps})
 

@@ -59,7 +59,7 @@ class Lease:
 class HandOff:
     """What goes to a launcher: frames with fds, which `owned` closes, and the lease on them."""
 
-    frames: list[tuple[bytes, list[int]]]
+    frames: list[wire.Sending]
     lease: Lease
     taps: int
     owned: ExitStack
@@ -152,7 +152,7 @@ def hand_off(peer: Peer, request: wire.Request, ledger: Ledger) -> HandOff:
             taps = owned.enter_context(take_taps(netns, holder, ledger=ledger, ifnames=ifnames))
         command = _command(request, _renumbered(taps))
         fds = [fd for tap in taps for fd in (*tap.fds, *tap.vhost_fds)]
-        frames = [(payload, list(sent)) for payload, sent in wire.encode_tap_answer(fds, command)]
+        frames = [wire.Sending(*frame) for frame in wire.encode_tap_answer(fds, command)]
         lease = Lease(holder, frozenset(tap.container_id for tap in taps), os.dup(peer.pidfd))
         return HandOff(frames, lease, len(taps), owned.pop_all())
 

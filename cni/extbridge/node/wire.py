@@ -37,6 +37,7 @@ _U32 = struct.Struct("<I")
 _MAGIC = b"xb" + bytes([VERSION])
 _FD = struct.Struct("=i")
 _CHUNK = 1 << 18
+_PEEK = 1 << 12
 
 
 class WireError(Exception):
@@ -94,15 +95,40 @@ def wait_for_frame(connection: socket.socket, *, limit: int, max_fds: int, secon
                 raise TimeoutError(f"no frame in {seconds:g} s")
 
 
-async def send_frame(connection: socket.socket, payload: bytes, fds: Sequence[int] = ()) -> None:
-    """Send a frame on a non-blocking socket; the fds stay the caller's, who sets the deadline."""
-    left = memoryview(frame_head(payload) + payload)
-    rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    while left:
-        try:
-            left = left[connection.sendmsg([left], rides, socket.MSG_NOSIGNAL) :]
-            rides = []
-        except BlockingIOError:
+def frame_waits(connection: socket.socket, *, seconds: float) -> bool:
+    """Whether a frame, if it is a small one, is there whole within so many seconds; it stays there.
+
+    So that it can be received without waiting, by who cannot be kept waiting.
+    """
+    readable = select.poll()
+    readable.register(connection, select.POLLIN)
+    if not readable.poll(seconds * 1000):
+        return False
+    there = connection.recv(_PEEK, socket.MSG_PEEK)
+    return len(there) >= _U32.size and len(there) - _U32.size >= _U32.unpack_from(there)[0]
+
+
+class Sending:
+    """A frame on its way, as far as the socket has taken it; the fds stay the caller's."""
+
+    def __init__(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        self._left = memoryview(frame_head(payload) + payload)
+        self._rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+    def push(self, connection: socket.socket) -> bool:
+        """Send what a non-blocking socket takes now; whether that was the last of it."""
+        while self._left:
+            try:
+                sent = connection.sendmsg([self._left], self._rides, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return False
+            self._left = self._left[sent:]
+            self._rides = []
+        return True
+
+    async def finish(self, connection: socket.socket) -> None:
+        """Send what is left, as soon as the socket takes it; the caller sets the deadline."""
+        while not self.push(connection):
             await _ready(connection, write=True)
 
 

@@ -1,4 +1,4 @@
-"""The threads that answer cni.sock, each a request from its first byte to its last.
+"""The threads that answer a socket, each a request from its first byte to its last.
 
 The event loop would do too, but to hand a request from thread to thread and back takes as long as a
 third of an ADD. So one thread waits for the next request, and the others for its place.
@@ -22,20 +22,25 @@ _OUT_OF_FDS_SECONDS: Final = 0.05
 _SETTLE_SECONDS: Final = 0.01
 
 
-class CniThreads:
+class AnsweringThreads:
     """So many threads that answer who connects, until the block ends; what has begun is finished.
 
-    `answer` gets a non-blocking connection, which is closed after it, and raises nothing.
+    `answer` gets a non-blocking connection, which is its own to close, and raises nothing.
     """
 
     def __init__(
-        self, listening: socket.socket, answer: Callable[[socket.socket], None], number: int
+        self,
+        listening: socket.socket,
+        answer: Callable[[socket.socket], None],
+        *,
+        name: str,
+        number: int,
     ) -> None:
         self._listening = listening
         self._answer = answer
         self._place = threading.Lock()
         self._in_flight: set[socket.socket] = set()
-        self._threads = [threading.Thread(target=self._run, name="cni") for _ in range(number)]
+        self._threads = [threading.Thread(target=self._run, name=name) for _ in range(number)]
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._waiting = select.poll()
         for fd in (listening.fileno(), self._end):
@@ -74,8 +79,7 @@ class CniThreads:
                 peer = self._accept()
             if peer is None:
                 return
-            with peer:
-                self._answer(peer)
+            self._answer(peer)
             self._in_flight.discard(peer)
 
     def _accept(self) -> socket.socket | None:
