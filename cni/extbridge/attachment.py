@@ -123,8 +123,7 @@ def attach(
             if error.errno in (errno.EADDRINUSE, errno.EBUSY):
                 raise _mac_in_use(entry, lower, ledger) from error
             raise
-        entry = replace(entry, done=True)
-        held.write(entry)
+        entry = held.finish(entry)
         undo.pop_all()
         return entry
 

@@ -1,9 +1,9 @@
 """The ledger: what extbridge has made, so that it can be unmade whatever happens in between.
 
-One folder a container, one file an attachment: `ledger/<container ID>/<interface>.json`. An entry
-is written as an intent before the kernel is touched, and again when all is done; an intent that is
-found later is the trace of an ADD that was killed. Files are replaced by rename, so a reader sees
-the old or the new one. They are not synced to disk: what they speak of does not outlive the kernel
+One folder a container, one file an attachment: `ledger/<container ID>/<interface>.intent`, written
+before the kernel is touched, and renamed to `.json` when all is done; an intent that is found later
+is the trace of an ADD that was killed. Files are replaced by rename, so a reader sees the old or
+the new one. They are not synced to disk: what they speak of does not outlive the kernel
 either, and /run is memory.
 
 The folder is the lock: whoever changes a container's attachments holds a flock on it. It is the
@@ -19,17 +19,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from extbridge.spec.errors import InvalidNetworkConfig, IoFailure, NotPermitted
-from extbridge.spec.fields import get_bool, get_int, get_object, get_str
+from extbridge.spec.fields import get_int, get_object, get_str
 
 RUN_VARIABLE: Final = "EXTBRIDGE_RUN"
 DEFAULT_RUN: Final = "/run/extbridge"
 
-_SUFFIX = ".json"
+_INTENT = ".intent"
+_DONE = ".json"
 _DRAFT = ".new"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -107,41 +108,45 @@ class Held:
         Nothing else ever would. An object that lacks something may be another version's.
         """
         for name in os.listdir(self._folder):
-            of = name.removesuffix(_SUFFIX)
-            if of == name or _read(name, self._folder) is not None:
+            of, suffix = os.path.splitext(name)
+            if suffix not in (_INTENT, _DONE) or _read(name, self._folder) is not None:
                 continue
             if of == ifname or not isinstance(_load(name, self._folder), dict):
                 self.remove(of)
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
-        stored = {field: getattr(entry, field) for field in Entry.__slots__}
+        stored = {field: getattr(entry, field) for field in Entry.__slots__ if field != "done"}
         if entry.holder is not None:
             stored["holder"] = asdict(entry.holder)
         draft = f"{entry.ifname}{_DRAFT}"
         with _our_failure(f"the ledger could not record {entry.ifname} of {self._container_id}"):
             try:
                 file = os.open(draft, _CREATE, 0o600, dir_fd=self._folder)
-                with open(file, "wb") as written:
+                # Unbuffered: what Python asks the kernel of a file besides is half of its cost.
+                with open(file, "wb", buffering=0) as written:
                     written.write(json.dumps(stored).encode())
-                os.rename(
-                    draft,
-                    f"{entry.ifname}{_SUFFIX}",
-                    src_dir_fd=self._folder,
-                    dst_dir_fd=self._folder,
-                )
+                self._rename(draft, f"{entry.ifname}{_DONE if entry.done else _INTENT}")
             except BaseException:
                 with suppress(OSError):
                     os.unlink(draft, dir_fd=self._folder)
                 raise
 
+    def finish(self, intent: Entry) -> Entry:
+        """Say of the intent that it is done, and return the entry that it has become."""
+        with _our_failure(f"the ledger could not record {intent.ifname} of {self._container_id}"):
+            self._rename(f"{intent.ifname}{_INTENT}", f"{intent.ifname}{_DONE}")
+        return replace(intent, done=True)
+
     def remove(self, ifname: str) -> None:
         """Remove the entry, if there is one."""
-        with (
-            _our_failure(f"the ledger could not forget {ifname} of {self._container_id}"),
-            suppress(FileNotFoundError),
-        ):
-            os.unlink(f"{ifname}{_SUFFIX}", dir_fd=self._folder)
+        with _our_failure(f"the ledger could not forget {ifname} of {self._container_id}"):
+            for suffix in (_INTENT, _DONE):
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{ifname}{suffix}", dir_fd=self._folder)
+
+    def _rename(self, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder)
 
 
 class Ledger:
@@ -224,14 +229,14 @@ class Ledger:
 
 
 def _entries(folder: int) -> list[Entry]:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(_SUFFIX))
+    names = sorted(name for name in os.listdir(folder) if name.endswith((_INTENT, _DONE)))
     read = (_read(name, folder) for name in names)
     return [entry for entry in read if entry is not None]
 
 
 def _read(name: str, folder: int) -> Entry | None:
     try:
-        return _parse(_load(name, folder))
+        return _parse(_load(name, folder), done=name.endswith(_DONE))
     except (ValueError, TypeError, InvalidNetworkConfig):
         return None
 
@@ -245,7 +250,7 @@ def _load(name: str, folder: int) -> object:
         return None
 
 
-def _parse(stored: object) -> Entry:
+def _parse(stored: object, *, done: bool) -> Entry:
     if not isinstance(stored, dict):
         raise TypeError("a ledger entry is not an object")
     held = get_object(stored, "holder")
@@ -268,7 +273,7 @@ def _parse(stored: object) -> Entry:
         lower_ifindex=_needed(get_int(stored, "lower_ifindex")),
         mtu=_needed(get_int(stored, "mtu")),
         queues=_needed(get_int(stored, "queues")),
-        done=_needed(get_bool(stored, "done")),
+        done=done,
         holder=holder,
     )
 

@@ -425,6 +425,7 @@ def test_add_that_was_killed_is_undone(agent: Agent, shim: Cni, nic: Nic, pod: s
     agent.kill()
     with Ledger(agent.run_dir).hold("container-1") as held:
         (entry,) = held.entries()
+        held.remove(entry.ifname)
         held.write(replace(entry, done=False))
     # Of one that died even before that, its folder and perhaps a draft.
     early = agent.run_dir / "ledger/container-2"
@@ -447,10 +448,11 @@ def test_add_that_was_killed_is_left_to_del_where_it_is_out_of_reach(
     agent.kill()
     with Ledger(agent.run_dir).hold("container-1") as held:
         (entry,) = held.entries()
+        held.remove(entry.ifname)
         held.write(replace(entry, done=False))
     agent.wrapper = WITHOUT_NETNS_FOLDER
     agent.start()
-    assert ledger_of(agent.run_dir) == ["container-1", "container-1/net1.json"]
+    assert ledger_of(agent.run_dir) == ["container-1", "container-1/net1.intent"]
     assert shim("ADD", config, NETNS=pod).status == 0
     assert macvtaps(pod) == ["net1"]
     assert shim("DEL", config, NETNS=pod).status == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,8 +72,13 @@ def is_own(netns: int) -> bool:
 
 
 def _is_namespace(fd: int) -> bool:
+    return os.fstat(fd).st_dev == _nsfs()
+
+
+@functools.cache
+def _nsfs() -> int:
     # Every namespace file lies on the one nsfs of the kernel (fs/nsfs.c, nsfs_mnt).
-    return os.fstat(fd).st_dev == os.stat(_OWN).st_dev
+    return os.stat(_OWN).st_dev
 
 
 @contextmanager

@@ -15,6 +15,8 @@ DEFAULT_MAC_PREFIX: Final = "52:54:00"
 
 _MAC_OCTETS = 6
 
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+
 _OCTETS = re.compile(r"[0-9a-f]{2}(?:([:-])[0-9a-f]{2}(?:\1[0-9a-f]{2})*)?")
 
 
@@ -56,7 +58,7 @@ def derive_mac(prefix: str, *, network: str, namespace: str, vm: str, ifname: st
     Guests, DHCP servers and switches remember addresses, so this never changes.
     """
     # As JSON the four cannot run into each other, whatever they hold, and every string has bytes.
-    identity = json.dumps([network, namespace, vm, ifname], separators=(",", ":"))
+    identity = _ENCODER.encode([network, namespace, vm, ifname])
     digest = hashlib.sha256(identity.encode()).digest()
     octets = prefix.split(":")
     return ":".join([*octets, *(f"{octet:02x}" for octet in digest[: _MAC_OCTETS - len(octets)])])

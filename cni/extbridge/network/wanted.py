@@ -6,6 +6,8 @@ at.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -149,7 +151,7 @@ def configured_network(config: JsonObject, networks_dir: str = DEFAULT_DIRECTORY
     definition = inline_definition(config)
     name = get_str(config, "network")
     if name is None:
-        return None if definition is None else _supported(parse_network(definition))
+        return None if definition is None else _supported(_parsed(definition))
     if definition is not None:
         inline = ", ".join(key for key in definition if key != "name")
         raise InvalidNetworkConfig(
@@ -207,8 +209,18 @@ def _networks_dir(config: JsonObject, default: str) -> str:
 def _find_network(config: JsonObject, name: str, networks_dir: str) -> Network:
     definition = inline_definition(config)
     if definition is not None and definition.get("name") == name:
-        return _supported(parse_network(definition))
+        return _supported(_parsed(definition))
     return _supported(load_network(name, _networks_dir(config, networks_dir)))
+
+
+def _parsed(definition: JsonObject) -> Network:
+    return _parse_text(json.dumps(definition))
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_text(text: str) -> Network:
+    # As in store: an agent is asked for the same few networks over and over.
+    return parse_network(json.loads(text))
 
 
 def _supported(network: Network) -> Network:

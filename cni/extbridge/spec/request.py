@@ -262,12 +262,7 @@ def _decode(stdin: bytes) -> JsonObject:
             f"standard input is {len(stdin)} bytes long", f"allowed: {MAX_STDIN_BYTES}"
         )
     try:
-        value = json.loads(
-            stdin.decode(),
-            object_pairs_hook=_refuse_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_read_float,
-        )
+        value = _DECODER.decode(stdin.decode())
     except UnicodeDecodeError as failure:
         raise DecodeFailure(
             f"standard input is not UTF-8 at byte {failure.start}", "JSON is UTF-8 (RFC 8259)"
@@ -323,3 +318,9 @@ def _too_deep() -> DecodeFailure:
     return DecodeFailure(
         "standard input nests objects and lists too deeply", f"allowed: {_MAX_DEPTH} levels"
     )
+
+
+# Made once: to make one takes longer than to read what a runtime sends.
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_float=_read_float
+)
