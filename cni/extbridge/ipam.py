@@ -171,7 +171,9 @@ def parse_delegation(obj: JsonObject, *, where: str = "") -> Delegation:
     def text(key: str) -> str:
         return as_str(obj.get(key), where=field_path(where, key))
 
-    path = get_list(obj, "path", where=where) or []
+    path = get_list(obj, "path", where=where)
+    if path is None:
+        raise InvalidNetworkConfig(f"{field_path(where, 'path')} is missing", "it has to be a list")
     return Delegation(
         config=as_object(obj.get("config"), where=field_path(where, "config")),
         path=tuple(as_str(folder, where=field_path(where, "path")) for folder in path),
