@@ -147,3 +147,9 @@ class TapHeld(CniError):
     """Another living process has the tap."""
 
     code = 108
+
+
+class IpamFailure(CniError):
+    """The delegated IPAM plugin refused, failed, or answered what cannot be understood."""
+
+    code = 109
