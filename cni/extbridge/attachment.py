@@ -1,7 +1,8 @@
-"""An attachment: made, unmade and looked at, in kernel and ledger together.
+"""An attachment: made, unmade and looked at, in kernel, IPAM and ledger together.
 
-Making is one transaction: whatever was done is undone by the same function that serves DEL and GC,
-so that there is one way in which an attachment ends.
+Making is one transaction: whatever was done is undone in the reverse order when a later step fails.
+The thread stays in the node's own namespace: a socket of the pod's is enough for most of it, and
+what an IPAM plugin is run in must not be the pod's.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final
 
+from extbridge.ipam import ipam_add, ipam_del, parse_delegation
+from extbridge.kernel.antispoof import Guard, unguarded_by
 from extbridge.kernel.links import (
     Link,
     Macvtap,
@@ -29,12 +32,13 @@ from extbridge.kernel.links import (
 )
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode, opened_netns
+from extbridge.kernel.shaper import shape, unshape_absent, unshaped_by
 from extbridge.kernel.silence import silence, unsilence_absent, unsilenced_by
-from extbridge.kernel.taps import has_node, unused_ifindex
+from extbridge.kernel.taps import give_node, has_node, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
-from extbridge.network.definition import Mode
-from extbridge.network.wanted import WantedNic, derived_or_given_mac
-from extbridge.spec.errors import MacInUse, NameTaken, NicBusy, TryAgainLater
+from extbridge.network.definition import Antispoof, Handoff, Mode
+from extbridge.nics import holders_of
+from extbridge.spec.errors import InvalidNetworkConfig, MacInUse, NameTaken, NicBusy, TryAgainLater
 from extbridge.spec.request import find_name_fault
 
 _INDEX_TRIES: Final = 3
@@ -43,22 +47,26 @@ _INDEX_TRIES: Final = 3
 _CLEANUP_SECONDS: Final = 2.0
 """How long a namespace may take to end after its last user has gone (cleanup_net)."""
 
-
 _ALIAS: Final = "extbridge"
+
+_QEMU: Final = 107
+"""The user and group that KubeVirt's QEMU runs as."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """The calling thread stands in the pod's namespace, with a socket of that namespace."""
+    """A pod's namespace, and a socket that was made in there; the thread stands elsewhere."""
 
     netns: int
     route: Netlink
 
 
 @contextmanager
-def enter_pod(netns: int) -> Iterator[Pod]:
-    """Stand in the namespace for the length of the block. Taps must not be opened here (taps)."""
-    with inside(netns), Netlink(NETLINK_ROUTE) as route:
+def opened_pod(netns: int) -> Iterator[Pod]:
+    """The pod whose namespace the fd is of; its socket is closed after the block."""
+    with inside(netns):
+        route = Netlink(NETLINK_ROUTE)
+    with route:
         yield Pod(netns, route)
 
 
@@ -79,44 +87,43 @@ def container_of(link: Link) -> str:
 
 
 def attach(
-    wanted: WantedNic,
     draft: Entry,
+    lowers: Sequence[Link],
     *,
     ledger: Ledger,
     held: Held,
     host: Netlink,
-    lower: Link,
     pod: Pod,
-    former_ifname: str = "",
+    host_process: int | None = None,
 ) -> Entry:
-    """Make the attachment that `draft` begins to describe; return its finished ledger entry.
+    """Make the attachment that `draft` describes, on the first of `lowers` that takes it.
 
-    On any failure nothing is left of it. Raises NameTaken, MacInUse, NicBusy, IoFailure, OSError.
+    Open in a draft are ifindex (if 0), NIC and addressing; the answer is the finished entry.
+    `host_process` is ipam's. On any failure nothing is left. Raises CniError and OSError.
     """
-    tries = _INDEX_TRIES
+    if draft.ifindex and has_node(draft.ifindex):
+        raise _device_taken(draft, ledger)
     with ExitStack() as undo:
-        while True:
-            entry = _numbered(draft, wanted, former_ifname, pod)
-            undo.callback(unsilence_absent, pod.route)
-            undo.callback(detach, entry, held=held, pod=pod)
-            held.write(entry)
-            try:
-                _create(entry, wanted, host, pod.netns)
-                break
-            except OSError as error:
-                if error.errno == errno.EINVAL or (error.errno == errno.EBUSY and tries == 0):
-                    raise _nic_busy(entry, ledger, error) from error
-                # EEXIST, or EBUSY where somebody else is in the midst of it: of the name, which
-                # the next round tells, or of the ifindex.
-                if error.errno not in (errno.EEXIST, errno.EBUSY) or tries == 0:
-                    raise
-                tries -= 1
-                undo.close()
+        undo.callback(_forget, draft, held, host_process)
+        if draft.delegation is not None:
+            held.write(draft)
+            delegation = parse_delegation(draft.delegation)
+            draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
+        entry, lower = _made(draft, lowers, ledger=ledger, held=held, host=host, pod=pod)
+        undo.callback(sweep, pod)
+        undo.callback(_delete_ours, entry.ifindex, pod)
         if entry.mode == Mode.PASSTHRU:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
             # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
-        silence(entry.ifindex, entry.ifname)
+        guard = _guard(entry)
+        with inside(pod.netns):
+            silence(entry.ifindex, entry.ifname, guard)
+        if entry.bandwidth is not None:
+            mac = guard and guard.mac
+            shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
+        if entry.handoff == Handoff.DEVICE:
+            give_node(entry.ifindex, uid=_QEMU, gid=_QEMU)
         try:
             set_up(pod.route, entry.ifindex, alias=alias_of(entry.container_id, entry.cni_ifname))
         except OSError as error:
@@ -128,21 +135,29 @@ def attach(
         return entry
 
 
-def detach(entry: Entry, *, held: Held, pod: Pod | None) -> None:
+def detach(entry: Entry, *, held: Held, pod: Pod | None, host_process: int | None = None) -> None:
     """Unmake the attachment; `pod` None says that its namespace is gone, and the link with it.
 
     Deleted is the link with the entry's ifindex, which is unique on the node, if it is ours. The
-    entry goes last: what fails before can be tried again. The link's rules, which say nothing any
-    more without it, are `unsilence_absent`'s.
+    entry goes last: what fails before can be tried again. What was laid on the link, and says
+    nothing any more without it, is `sweep`'s.
     """
     if pod is not None:
-        link = find_link(pod.route, ifindex=entry.ifindex)
-        if link is not None and link.ours:
-            delete_link(pod.route, link.ifindex)
-    held.remove(entry.ifname)
+        _delete_ours(entry.ifindex, pod)
+    elif entry.delegation is not None:
+        # IPAM plugins refuse a path that leads nowhere, or to the node's own namespace by now.
+        entry = replace(entry, delegation={**entry.delegation, "netns": ""})
+    _forget(entry, held, host_process)
 
 
-def detach_wherever(entry: Entry, *, held: Held) -> None:
+def sweep(pod: Pod) -> None:
+    """Remove from the pod what was laid on links of ours that are gone."""
+    unshape_absent(pod.route)
+    with inside(pod.netns):
+        unsilence_absent(pod.route)
+
+
+def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None) -> None:
     """Unmake the attachment in the namespace in which its entry says that it was made.
 
     Raises TryAgainLater if that cannot be reached at its path, and has not ended either.
@@ -155,11 +170,23 @@ def detach_wherever(entry: Entry, *, held: Held) -> None:
                     f" {entry.netns}",
                     "a process still stands in the namespace, or its path cannot be seen from here",
                 )
-            detach(entry, held=held, pod=None)
+            detach(entry, held=held, pod=None, host_process=host_process)
             return
-        with enter_pod(netns) as pod:
-            detach(entry, held=held, pod=pod)
-            unsilence_absent(pod.route)
+        with opened_pod(netns) as pod:
+            detach(entry, held=held, pod=pod, host_process=host_process)
+            sweep(pod)
+
+
+def _delete_ours(ifindex: int, pod: Pod) -> None:
+    link = find_link(pod.route, ifindex=ifindex)
+    if link is not None and link.ours:
+        delete_link(pod.route, ifindex)
+
+
+def _forget(entry: Entry, held: Held, host_process: int | None) -> None:
+    if entry.delegation is not None:
+        ipam_del(parse_delegation(entry.delegation), host_process=host_process)
+    held.remove(entry.ifname)
 
 
 def _ends(entry: Entry) -> bool:
@@ -192,6 +219,13 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
         return [f"{entry.ifname}: the link with ifindex {entry.ifindex} is gone"]
     lower = find_link(host, ifindex=entry.lower_ifindex)
     lower_name = lower.name if lower is not None else "gone"
+    address = has_address(pod.route, link.ifindex)
+    guard = _guard(entry)
+    with inside(pod.netns):
+        unsilenced = unsilenced_by(link.ifindex, link.name)
+        unguarded = unguarded_by(link.ifindex, link.name, guard)
+    mac = guard and guard.mac
+    unshaped = unshaped_by(pod.route, link.ifindex, link.mtu, entry.bandwidth, mac)
     compared = [
         ("kind", "macvtap", link.kind),
         ("name", entry.ifname, link.name),
@@ -202,12 +236,10 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
         ("queues", entry.queues, link.tx_queues),
         ("state", "up", "up" if link.up else "down"),
         ("silence", "NOARP", "NOARP" if link.noarp else "ARP is answered"),
-        (
-            "silence",
-            "no address",
-            "an address" if has_address(pod.route, link.ifindex) else "no address",
-        ),
-        ("silence", "whole", unsilenced_by(link.ifindex, link.name) or "whole"),
+        ("silence", "no address", "an address" if address else "no address"),
+        ("silence", "whole", unsilenced or "whole"),
+        ("antispoof", entry.antispoof, unguarded or entry.antispoof),
+        ("bandwidth", "whole", unshaped or "whole"),
     ]
     return [
         f"{entry.ifname}: {what} is {found!r}, ADD made it {made!r}"
@@ -216,31 +248,11 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
     ]
 
 
-def _numbered(draft: Entry, wanted: WantedNic, former_ifname: str, pod: Pod) -> Entry:
-    """The entry with all that depends on what the namespace and the node have already."""
-    ifname = _free_name(wanted.ifname, former_ifname, pod.route)
-    ifindex = unused_ifindex()
-    mac = derived_or_given_mac(wanted, ifname)
-    return replace(draft, ifname=ifname, ifindex=ifindex, mac=mac)
+def free_ifname(asked: str | None, former: str, route: Netlink) -> str:
+    """The name for a new link: the one that is asked for, else the former or an unused one.
 
-
-def _create(entry: Entry, wanted: WantedNic, host: Netlink, netns: int) -> None:
-    create_macvtap(
-        host,
-        Macvtap(
-            ifindex=entry.ifindex,
-            name=entry.ifname,
-            mac=entry.mac,
-            mode=wanted.network.mode,
-            lower=entry.lower_ifindex,
-            mtu=entry.mtu,
-            queues=entry.queues,
-        ),
-        netns,
-    )
-
-
-def _free_name(asked: str | None, former: str, route: Netlink) -> str:
+    `route` is a socket of the pod's namespace. Raises NameTaken.
+    """
     if asked is not None:
         if find_link(route, name=asked) is not None:
             raise NameTaken(
@@ -254,16 +266,92 @@ def _free_name(asked: str | None, former: str, route: Netlink) -> str:
     return next(name for n in count() if (name := f"macvtap{n}") not in taken)
 
 
+def _made(
+    draft: Entry,
+    lowers: Sequence[Link],
+    *,
+    ledger: Ledger,
+    held: Held,
+    host: Netlink,
+    pod: Pod,
+) -> tuple[Entry, Link]:
+    """The entry whose link is there now, DOWN, and the NIC that it is on."""
+    *others, last = lowers
+    for lower in others:
+        try:
+            return _made_on(lower, draft, ledger=ledger, held=held, host=host, pod=pod), lower
+        except NicBusy:
+            # Somebody has taken it meanwhile, or is on it whom the ledger does not know.
+            continue
+    return _made_on(last, draft, ledger=ledger, held=held, host=host, pod=pod), last
+
+
+def _made_on(
+    lower: Link, draft: Entry, *, ledger: Ledger, held: Held, host: Netlink, pod: Pod
+) -> Entry:
+    tries = 1 if draft.ifindex else _INDEX_TRIES
+    while True:
+        entry = replace(
+            draft,
+            ifindex=draft.ifindex or unused_ifindex(),
+            lower=lower.name,
+            lower_ifindex=lower.ifindex,
+            mtu=draft.mtu or lower.mtu,
+        )
+        held.write(entry)
+        try:
+            create_macvtap(
+                host,
+                Macvtap(
+                    ifindex=entry.ifindex,
+                    name=entry.ifname,
+                    mac=entry.mac,
+                    mode=Mode(entry.mode),
+                    lower=entry.lower_ifindex,
+                    mtu=entry.mtu,
+                    queues=entry.queues,
+                ),
+                pod.netns,
+            )
+            return entry
+        except OSError as error:
+            tries -= 1
+            if error.errno == errno.EINVAL or (error.errno == errno.EBUSY and tries == 0):
+                raise _nic_busy(entry, ledger, error) from error
+            # EEXIST, or EBUSY where somebody else is in the midst of it: of the ifindex, or of a
+            # name that somebody has just taken.
+            if error.errno not in (errno.EEXIST, errno.EBUSY) or tries == 0:
+                raise
+
+
+def _guard(entry: Entry) -> Guard | None:
+    match entry.antispoof:
+        case Antispoof.OFF:
+            return None
+        case Antispoof.IP:
+            given = entry.addressing.addresses if entry.addressing is not None else ()
+            return Guard(entry.mac, tuple(it.address.partition("/")[0] for it in given))
+        case _:
+            return Guard(entry.mac, None)
+
+
+def _device_taken(draft: Entry, ledger: Ledger) -> InvalidNetworkConfig:
+    holders = [it for it in ledger.entries() if it.ifindex == draft.ifindex]
+    holder = f"{holders[0].ifname} of {holders[0].container_id}" if holders else "another macvtap"
+    return InvalidNetworkConfig(
+        f"runtimeConfig.deviceID is {draft.ifindex}, which {holder} has",
+        "a device is one pod's; the runtime has to ask the device plugin for another",
+    )
+
+
 def _nic_busy(entry: Entry, ledger: Ledger, refusal: OSError) -> NicBusy:
-    holders = _described(
-        other
-        for other in ledger.entries()
-        if other.lower_ifindex == entry.lower_ifindex and _is_another(other, entry)
+    others = holders_of(
+        entry.lower_ifindex, (it for it in ledger.entries() if _is_another(it, entry))
     )
     if entry.mode == Mode.PASSTHRU:
-        message = f"passthru needs {entry.lower} whole, and others are on it: {holders}"
+        message = f"passthru needs {entry.lower} whole, and others are on it: {others}"
     else:
-        message = f"{entry.lower} cannot carry a {entry.mode} macvtap; on it: {holders}"
+        message = f"{entry.lower} cannot carry a {entry.mode} macvtap; on it: {others}"
     message = f"{message} ({os.strerror(refusal.errno or 0)})"
     return NicBusy(message, "use another NIC for passthru, or delete what is on this one first")
 
@@ -272,13 +360,8 @@ def _mac_in_use(entry: Entry, lower: Link, ledger: Ledger) -> MacInUse:
     if entry.mac == lower.mac:
         holder = f"the NIC {lower.name} itself"
     else:
-        holder = _described(
-            other
-            for other in ledger.entries()
-            if other.lower_ifindex == entry.lower_ifindex
-            and other.mac == entry.mac
-            and _is_another(other, entry)
-        )
+        same = (it for it in ledger.entries() if it.mac == entry.mac and _is_another(it, entry))
+        holder = holders_of(entry.lower_ifindex, same)
     return MacInUse(
         f"the MAC {entry.mac} is in use on {lower.name} by {holder}",
         "give this VM another MAC, or take that one from who has it",
@@ -288,13 +371,3 @@ def _mac_in_use(entry: Entry, lower: Link, ledger: Ledger) -> MacInUse:
 def _is_another(other: Entry, entry: Entry) -> bool:
     """Whether the entry is of another attachment whose link is there still."""
     return other.ifindex != entry.ifindex and has_node(other.ifindex)
-
-
-def _described(entries: Iterable[Entry]) -> str:
-    return (
-        ", ".join(
-            f"{entry.ifname} ({entry.mode}) of {entry.pod or entry.container_id}"
-            for entry in entries
-        )
-        or "a link that extbridge did not make"
-    )

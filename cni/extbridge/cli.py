@@ -38,6 +38,9 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
       {net1.fd} {net1.fds}    the fd; one a queue, separated by colons
       {net1.vhostfds}         likewise for vhost-net, where the node has it
       {net1.mac} {net1.mtu} {net1.queues}
+      {net1.ip} {net1.prefix} {net1.netmask} {net1.gateway}
+                              the guest's first address, where it has one
+      {net1.ips} {net1.dns}   all of them, with prefix lengths; name servers
     Without any of these, -netdev and -device are appended for every NIC; the
     device's model is virtio-net-pci, or what EXTBRIDGE_MODEL names.
     """  # noqa: D301 - the backspace is click's mark for lines to be left alone
@@ -119,12 +122,19 @@ def install(bin_dir: Path) -> None:
     metavar="FOLDER",
     help="Where networks are defined, for configurations that name no networksDir.",
 )
+@click.option(
+    "--host-process",
+    type=click.IntRange(min=1),
+    metavar="PID",
+    help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
+    " IPAM plugins are run.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-def agent(run_dir: str, networks_dir: str, log_format: str) -> None:
+def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format: str) -> None:
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
 
-    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json")
+    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from extbridge.ledger import DEFAULT_RUN, RUN_VARIABLE
+from extbridge.network.addresses import Addressing, parse_addressing
 from extbridge.node import wire
 from extbridge.node.broker import IFNAMES_VARIABLE
 from extbridge.node.sockets import TAP_SOCKET
@@ -38,7 +39,8 @@ class Tap:
     """One NIC of this pod's VM. It owns its fds, one a queue, and closes them with `close`.
 
     `vhost_fds` are as many, or none where the node has no vhost-net. The fds are not inheritable:
-    a child gets them by `subprocess.Popen(pass_fds=tap.fds)`.
+    a child gets them by `subprocess.Popen(pass_fds=tap.fds)`. `addressing` is what the guest needs
+    to speak IP, as far as the network's IPAM plugin or the pod said it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tap:
     mtu: int
     fds: list[int]
     vhost_fds: list[int]
+    addressing: Addressing
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +130,7 @@ def _tap(item: object, by_number: dict[int, int]) -> Tap:
         mtu=fields.get_int(tap, "mtu") or 0,
         fds=[by_number[number] for number in _numbers(tap, "fds")],
         vhost_fds=[by_number[number] for number in _numbers(tap, "vhostFds")],
+        addressing=parse_addressing(fields.get_object(tap, "addressing") or {}),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from extbridge.attachment import container_of
 from extbridge.kernel.links import Link, list_our_links
@@ -17,6 +17,8 @@ from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import inside, netns_inode
 from extbridge.kernel.taps import open_tap, open_vhost
 from extbridge.ledger import Entry, Held, Holder, Ledger
+from extbridge.network.addresses import Addressing
+from extbridge.network.definition import Handoff
 from extbridge.spec.errors import TapHeld, UnknownContainer
 
 
@@ -25,7 +27,8 @@ class Tap:
     """One NIC of a VM, ready for QEMU; whoever has the object owns its fds.
 
     `container_id` is that of the pod's sandbox.
-    `fds` has one fd a queue, `vhost_fds` as many or none.
+    `fds` has one fd a queue, `vhost_fds` as many or none. `addressing` is the guest's, where the
+    network or the pod says it.
     """
 
     container_id: str
@@ -34,6 +37,7 @@ class Tap:
     mtu: int
     fds: tuple[int, ...]
     vhost_fds: tuple[int, ...]
+    addressing: Addressing = field(default_factory=Addressing)
 
 
 @contextmanager
@@ -83,6 +87,7 @@ def take_taps(
                     entry.mtu,
                     tuple(fds),
                     tuple(vhost_fds),
+                    entry.addressing or Addressing(),
                 )
             )
         yield taps
@@ -113,6 +118,11 @@ def _free_entry(link: Link, netns: int, held: Held, holder: Holder) -> Entry:
     )
     if entry is None:
         raise _unknown(link)
+    if entry.handoff == Handoff.DEVICE:
+        raise TapHeld(
+            f"the tap of {link.name} is handed over as the device /dev/tap{link.ifindex}",
+            "its network says handoff: device; with handoff: fd, launchers get it",
+        )
     if entry.holder is not None and entry.holder != holder and entry.holder.alive():
         raise TapHeld(
             f"the tap of {link.name} is held by process {entry.holder.pid}",

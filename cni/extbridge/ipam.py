@@ -47,6 +47,7 @@ from extbridge.spec.fields import (
     get_objects,
     get_str,
 )
+from extbridge.spec.request import VALID_ATTACHMENTS
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,6 @@ _SHOWN_CHARACTERS = 500
 
 _MAX_SYMLINKS = 40
 """MAXSYMLINKS of the kernel."""
-
-_VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 
 _NEED_1_1_0 = ("GC", "STATUS")
 """The verbs that came with 1.1.0: an older plugin takes them for an unknown CNI_COMMAND."""
@@ -245,7 +244,7 @@ def ipam_gc(
     attachments = [
         {"containerID": container_id, "ifname": ifname} for container_id, ifname in valid
     ]
-    config = {**delegation.config, _VALID_ATTACHMENTS: attachments}
+    config = {**delegation.config, VALID_ATTACHMENTS: attachments}
     executable = _find(delegation, host_process)
     _call(executable, "GC", replace(delegation, config=config), seconds=seconds)
 

@@ -23,8 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
+from extbridge.network.addresses import Addressing, addressing_to_object, parse_addressing
+from extbridge.network.definition import Bandwidth
 from extbridge.spec.errors import InvalidNetworkConfig, IoFailure, NotPermitted
-from extbridge.spec.fields import get_int, get_object, get_str
+from extbridge.spec.fields import JsonObject, get_int, get_object, get_str
 
 RUN_VARIABLE: Final = "EXTBRIDGE_RUN"
 DEFAULT_RUN: Final = "/run/extbridge"
@@ -70,7 +72,11 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One attachment. `done` is False for an intent; `lower` names the NIC at `lower_ifindex`."""
+    """One attachment. `done` is False for an intent; `lower` names the NIC at `lower_ifindex`.
+
+    `antispoof` is what the guest is held to, the network's default resolved. `delegation` is what
+    the IPAM plugin has to be called with to release what it gave (ipam.Delegation, as an object).
+    """
 
     container_id: str
     cni_ifname: str
@@ -87,8 +93,17 @@ class Entry:
     lower_ifindex: int
     mtu: int
     queues: int
+    antispoof: str
+    handoff: str
+    bandwidth: Bandwidth | None = None
+    addressing: Addressing | None = None
+    delegation: JsonObject | None = None
     done: bool = False
     holder: Holder | None = None
+
+
+_STORED = tuple(field for field in Entry.__slots__ if field != "done")
+"""An intent's file has another name."""
 
 
 class Held:
@@ -116,9 +131,12 @@ class Held:
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
-        stored = {field: getattr(entry, field) for field in Entry.__slots__ if field != "done"}
-        if entry.holder is not None:
-            stored["holder"] = asdict(entry.holder)
+        stored = {field: getattr(entry, field) for field in _STORED}
+        for field in ("bandwidth", "holder"):
+            if stored[field] is not None:
+                stored[field] = asdict(stored[field])
+        if entry.addressing is not None:
+            stored["addressing"] = addressing_to_object(entry.addressing)
         draft = f"{entry.ifname}{_DRAFT}"
         with _our_failure(f"the ledger could not record {entry.ifname} of {self._container_id}"):
             try:
@@ -253,6 +271,7 @@ def _load(name: str, folder: int) -> object:
 def _parse(stored: object, *, done: bool) -> Entry:
     if not isinstance(stored, dict):
         raise TypeError("a ledger entry is not an object")
+    limits, given = get_object(stored, "bandwidth"), get_object(stored, "addressing")
     held = get_object(stored, "holder")
     holder = None
     if held is not None:
@@ -273,6 +292,13 @@ def _parse(stored: object, *, done: bool) -> Entry:
         lower_ifindex=_needed(get_int(stored, "lower_ifindex")),
         mtu=_needed(get_int(stored, "mtu")),
         queues=_needed(get_int(stored, "queues")),
+        antispoof=_needed(get_str(stored, "antispoof")),
+        handoff=_needed(get_str(stored, "handoff")),
+        bandwidth=None
+        if limits is None
+        else Bandwidth(*(get_int(limits, field) for field in Bandwidth.__slots__)),
+        addressing=None if given is None else parse_addressing(given),
+        delegation=get_object(stored, "delegation"),
         done=done,
         holder=holder,
     )

@@ -6,10 +6,12 @@ the node agent; what differs is only who reads the request and who prints the an
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 from extbridge.attachment import (
@@ -19,23 +21,36 @@ from extbridge.attachment import (
     detach_unrecorded,
     detach_wherever,
     differences,
-    enter_pod,
+    free_ifname,
+    opened_pod,
+    sweep,
 )
-from extbridge.kernel.links import Link, find_link, list_links
+from extbridge.ipam import (
+    Delegation,
+    delegated_config,
+    delegation_to_object,
+    ipam_check,
+    ipam_del,
+    ipam_gc,
+    ipam_status,
+    parse_delegation,
+)
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.netns import is_netns, is_own, netns_inode, opened_netns
-from extbridge.kernel.silence import unsilence_absent
 from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Held, Ledger
+from extbridge.network.addresses import addressing_from_ips, addressing_to_object
 from extbridge.network.definition import Network
 from extbridge.network.store import DEFAULT_DIRECTORY
 from extbridge.network.wanted import (
     WantedNic,
     configured_network,
     count_nics,
+    derived_or_given_mac,
     refuse_unknown_keys,
     wanted_nics,
 )
+from extbridge.nics import usable_nics
 from extbridge.spec import fields, skel
 from extbridge.spec.errors import (
     AttachmentDiffers,
@@ -43,59 +58,80 @@ from extbridge.spec.errors import (
     InvalidEnvironment,
     InvalidNetworkConfig,
     IoFailure,
+    IpamFailure,
     KernelRefused,
     LimitedConnectivity,
     NameTaken,
+    NicBusy,
     PluginNotAvailable,
     TryAgainLater,
     UnknownContainer,
 )
-from extbridge.spec.request import Request, Verb
-from extbridge.spec.result import add_interface, prev_interface, start_from
+from extbridge.spec.request import VALID_ATTACHMENTS, Request, Verb
+from extbridge.spec.result import add_interface, add_ip, prev_interface, start_from
 
-VALID_ATTACHMENTS = "cni.dev/valid-attachments"
-
-# Links that carry others' frames to their own master; macvtap cannot take its place beside it
-# (netdev_rx_handler_register answers EBUSY).
-_MASTERS_THAT_TAKE_ALL = ("bridge", "bond", "team", "openvswitch")
+log = logging.getLogger(__name__)
 
 
-def cmd_add(request: Request, ledger: Ledger, networks_dir: str) -> Mapping[str, object]:
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the verbs work with on this node.
+
+    `networks_dir` has the definitions that configurations only name. `host_process` is a process of
+    the host's, in whose mount namespace IPAM plugins are run; None: in this one's own.
+    """
+
+    ledger: Ledger
+    networks_dir: str = DEFAULT_DIRECTORY
+    host_process: int | None = None
+
+
+def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     """Make every NIC that the request asks for, or none (SPEC section 2, "ADD")."""
-    nics = wanted_nics(request, networks_dir)
+    nics = wanted_nics(request, node.networks_dir)
     result = start_from(request.prev_result, request.cni_version)
     if not nics:
         return result
     with ExitStack() as closing, ExitStack() as undo:
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
         netns = _pods_netns(request, closing)
-        lowers = [_usable_nic(host, nic.network) for nic in nics]
-        held = closing.enter_context(ledger.hold(request.container_id))
-        pod = closing.enter_context(enter_pod(netns))
-        former = _former_names(request, len(nics), held, pod)
-        for nic, lower in zip(nics, lowers, strict=True):
+        pools = [usable_nics(host, nic.network, node.ledger) for nic in nics]
+        held = closing.enter_context(node.ledger.hold(request.container_id))
+        pod = closing.enter_context(opened_pod(netns))
+        former = _former_names(request, len(nics), held, pod, node)
+        for n, nic in enumerate(nics):
+            if n > 0:
+                # Of a pool the first may have got fuller, or be taken whole.
+                pools[n] = usable_nics(host, nic.network, node.ledger)
+            names = former.get(nic.network.name)
+            ifname = free_ifname(nic.ifname, names.pop(0) if names else "", pod.route)
             entry = attach(
-                nic,
-                _draft(request, nic, lower, netns),
-                ledger=ledger,
+                _draft(request, nic, ifname, netns),
+                pools[n],
+                ledger=node.ledger,
                 held=held,
                 host=host,
-                lower=lower,
                 pod=pod,
-                former_ifname=former[nic.network.name].pop(0)
-                if former.get(nic.network.name)
-                else "",
+                host_process=node.host_process,
             )
-            undo.callback(unsilence_absent, pod.route)
-            undo.callback(detach, entry, held=held, pod=pod)
-            add_interface(
-                result, name=entry.ifname, mac=entry.mac, sandbox=request.netns, mtu=entry.mtu
+            undo.callback(sweep, pod)
+            undo.callback(detach, entry, held=held, pod=pod, host_process=node.host_process)
+            _add_to(result, entry, request)
+            log.info(
+                "attached",
+                extra={
+                    "container": entry.container_id,
+                    "nic": entry.lower,
+                    "link": entry.ifname,
+                    "network": entry.definition,
+                    "mac": entry.mac,
+                },
             )
         undo.pop_all()
     return result
 
 
-def cmd_del(request: Request, ledger: Ledger) -> None:
+def cmd_del(request: Request, node: Node) -> None:
     """Unmake the attachment, by ledger and by kernel, whichever still knows of it.
 
     Succeeds when nothing is left to do (SPEC section 2, "DEL").
@@ -104,30 +140,36 @@ def cmd_del(request: Request, ledger: Ledger) -> None:
         netns = _given_netns(request, closing)
         # Our own is no pod's, not any more: a path by process number may have come to lead here.
         is_pods = netns is not None and not is_own(netns)
-        pod = closing.enter_context(enter_pod(netns)) if netns is not None and is_pods else None
-        held = closing.enter_context(_held_if_possible(ledger, request.container_id))
+        pod = closing.enter_context(opened_pod(netns)) if netns is not None and is_pods else None
+        held = closing.enter_context(_held_if_possible(node.ledger, request.container_id))
+        released = False
         if held is not None:
             for entry in held.entries():
                 if entry.cni_ifname == request.ifname:
                     # Out of reach for now: the entry stays, for GC or the agent's next start.
                     with suppress(TryAgainLater):
-                        _detach(entry, held, pod)
+                        _detach(entry, held, pod, node)
+                    released = released or entry.delegation is not None
             held.sweep(request.ifname)
         if pod is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
             mac = fields.get_str(before, "mac") or ""
             detach_unrecorded(request.container_id, request.ifname, mac.lower(), pod=pod)
-            unsilence_absent(pod.route)
+            sweep(pod)
+        if not released:
+            _release_unrecorded(request, node, is_there=pod is not None)
 
 
-def cmd_check(request: Request, ledger: Ledger) -> None:
+def cmd_check(request: Request, node: Node) -> None:
     """Compare the attachment with what ADD made and said (SPEC section 2, "CHECK")."""
     if request.prev_result is None:
         raise InvalidNetworkConfig(
             "CHECK came without prevResult", "the runtime has to give the result of ADD"
         )
     entries = [
-        entry for entry in ledger.of(request.container_id) if entry.cni_ifname == request.ifname
+        entry
+        for entry in node.ledger.of(request.container_id)
+        if entry.cni_ifname == request.ifname
     ]
     # Behind a plugin that made CNI_IFNAME, ours has another name.
     is_chained = all(entry.ifname != request.ifname for entry in entries)
@@ -141,16 +183,20 @@ def cmd_check(request: Request, ledger: Ledger) -> None:
     with ExitStack() as closing:
         netns = _pods_netns(request, closing)
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
-        pod = closing.enter_context(enter_pod(netns))
+        pod = closing.enter_context(opened_pod(netns))
         found = []
         for entry in entries:
             found += differences(entry, host=host, pod=pod)
             found += _result_differences(entry, request)
     if found:
         raise AttachmentDiffers("; ".join(found), "delete the pod and create it again")
+    for entry in entries:
+        if entry.delegation is not None:
+            delegation = parse_delegation(entry.delegation)
+            ipam_check(delegation, request.prev_result, host_process=node.host_process)
 
 
-def cmd_gc(request: Request, ledger: Ledger) -> None:
+def cmd_gc(request: Request, node: Node) -> None:
     """Unmake this network's attachments that are not in the list; no list, nothing to do.
 
     One that cannot be unmade does not keep the others (SPEC section 2, "GC").
@@ -160,29 +206,33 @@ def cmd_gc(request: Request, ledger: Ledger) -> None:
         return
     valid = {_valid_attachment(item) for item in listed}
     failures = []
-    for entry in list(ledger.entries()):
+    for entry in list(node.ledger.entries()):
         if entry.network != request.name or (entry.container_id, entry.cni_ifname) in valid:
             continue
         try:
-            with ledger.hold(entry.container_id) as held:
+            with node.ledger.hold(entry.container_id) as held:
                 if entry in held.entries():
-                    detach_wherever(entry, held=held)
+                    detach_wherever(entry, held=held, host_process=node.host_process)
         except (OSError, CniError) as error:
             failures.append(f"{entry.ifname} of {entry.container_id}: {error}")
+    try:
+        _collect_addresses(request, node, valid)
+    except (OSError, CniError) as error:
+        failures.append(str(error))
     if failures:
         raise KernelRefused(f"not everything could be removed: {'; '.join(failures)}")
 
 
-def cmd_status(request: Request, networks_dir: str) -> None:
-    """Whether an ADD can succeed: the NIC is there, and has carrier (SPEC section 2, "STATUS")."""
+def cmd_status(request: Request, node: Node) -> None:
+    """Whether an ADD can succeed: a NIC is there, and has carrier (SPEC section 2, "STATUS")."""
     refuse_unknown_keys(request.config)
-    network = configured_network(request.config, networks_dir)
+    network = configured_network(request.config, node.networks_dir)
     if network is None:
         return
     with Netlink(NETLINK_ROUTE) as host:
         try:
-            lower = _usable_nic(host, network)
-        except (InvalidNetworkConfig, TryAgainLater) as error:
+            lower = usable_nics(host, network, node.ledger)[0]
+        except (InvalidNetworkConfig, NicBusy, TryAgainLater) as error:
             raise PluginNotAvailable(
                 f"network {network.name}: {error.message}", error.hint
             ) from error
@@ -191,16 +241,23 @@ def cmd_status(request: Request, networks_dir: str) -> None:
             f"network {network.name}: {lower.name} has no carrier",
             "check the cable and the switch port",
         )
+    if network.ipam is not None:
+        try:
+            ipam_status(_delegation(request, network), host_process=node.host_process)
+        except (InvalidNetworkConfig, IpamFailure) as error:
+            raise PluginNotAvailable(
+                f"network {network.name}: {error.message}", error.hint
+            ) from error
 
 
-def verbs(ledger: Ledger, networks_dir: str = DEFAULT_DIRECTORY) -> skel.Verbs:
-    """What each verb does, with its ledger and the folder for definitions that are only named."""
+def verbs(node: Node) -> skel.Verbs:
+    """What each verb does, on this node."""
     return {
-        Verb.ADD: partial(cmd_add, ledger=ledger, networks_dir=networks_dir),
-        Verb.DEL: partial(cmd_del, ledger=ledger),
-        Verb.CHECK: partial(cmd_check, ledger=ledger),
-        Verb.GC: partial(cmd_gc, ledger=ledger),
-        Verb.STATUS: partial(cmd_status, networks_dir=networks_dir),
+        Verb.ADD: partial(cmd_add, node=node),
+        Verb.DEL: partial(cmd_del, node=node),
+        Verb.CHECK: partial(cmd_check, node=node),
+        Verb.GC: partial(cmd_gc, node=node),
+        Verb.STATUS: partial(cmd_status, node=node),
     }
 
 
@@ -211,32 +268,109 @@ def main() -> int:
         sys.stdin.buffer,
         sys.stdout.buffer,
         sys.stderr,
-        verbs(Ledger.from_environment(os.environ)),
+        verbs(Node(Ledger.from_environment(os.environ))),
     )
 
 
-def _draft(request: Request, nic: WantedNic, lower: Link, netns: int) -> Entry:
+def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
+    network = nic.network
     pod = f"{nic.vm.namespace}/{nic.vm.name}" if nic.vm.namespace else ""
+    delegation, addressing = None, None
+    if network.ipam is not None:
+        delegation = delegation_to_object(_delegation(request, network, ifname, nic.ips))
+    elif nic.ips:
+        addressing = addressing_from_ips(nic.ips)
     return Entry(
         container_id=request.container_id,
         cni_ifname=request.ifname,
-        ifname="",
+        ifname=ifname,
         network=request.name,
-        definition=nic.network.name,
+        definition=network.name,
         pod=pod,
         netns=request.netns,
         netns_inode=netns_inode(netns),
-        ifindex=0,
-        mac="",
-        mode=nic.network.mode,
-        lower=lower.name,
-        lower_ifindex=lower.ifindex,
-        mtu=lower.mtu if nic.network.mtu is None else nic.network.mtu,
-        queues=nic.network.queues,
+        ifindex=nic.ifindex or 0,
+        mac=derived_or_given_mac(nic, ifname),
+        mode=network.mode,
+        lower="",
+        lower_ifindex=0,
+        mtu=network.mtu or 0,
+        queues=network.queues,
+        antispoof=network.held_to,
+        handoff=network.handoff,
+        bandwidth=nic.bandwidth,
+        addressing=addressing,
+        delegation=delegation,
     )
 
 
-def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[str, list[str]]:
+def _delegation(
+    request: Request, network: Network, ifname: str = "", ips: Sequence[str] = ()
+) -> Delegation:
+    """The call of the network's IPAM plugin; of the whole network, not of a NIC, without a name.
+
+    Leases go by the network's own name, not by that of the conflist that asks for it: the pod's
+    other plugins may have the same IPAM plugin give addresses of another network.
+    """
+    config = delegated_config(request.config, name=network.name, ipam=network.ipam or {}, ips=ips)
+    return Delegation(
+        config=config,
+        path=request.path,
+        container_id=request.container_id,
+        ifname=ifname,
+        netns=request.netns,
+        args=";".join(f"{key}={value}" for key, value in request.args.items()),
+    )
+
+
+def _add_to(result: dict[str, object], entry: Entry, request: Request) -> None:
+    """Tell of the NIC, and of the guest's addresses: they are on no interface of the pod."""
+    index = add_interface(
+        result, name=entry.ifname, mac=entry.mac, sandbox=request.netns, mtu=entry.mtu
+    )
+    given = entry.addressing
+    if given is None:
+        return
+    for address in given.addresses:
+        add_ip(result, address=address.address, gateway=address.gateway, interface=index)
+    # Routes and name servers are a result's, not an interface's: behind another plugin they would
+    # be taken for the pod's own.
+    if request.prev_result is None:
+        told = addressing_to_object(given)
+        result |= {key: told[key] for key in ("routes", "dns") if told[key]}
+
+
+def _release_unrecorded(request: Request, node: Node, *, is_there: bool) -> None:
+    """Have the IPAM plugin release what the ledger does not know of (SPEC section 4).
+
+    `is_there` says whether the pod's namespace is; for another path plugins have only an error.
+    """
+    # A definition that is wrong by now, or a plugin that is not there, has given nothing.
+    with suppress(InvalidNetworkConfig, IoFailure):
+        network = configured_network(request.config, node.networks_dir)
+        if network is not None and network.ipam is not None:
+            delegation = _delegation(request, network, request.ifname)
+            if not is_there:
+                delegation = replace(delegation, netns="")
+            ipam_del(delegation, host_process=node.host_process)
+
+
+def _collect_addresses(request: Request, node: Node, valid: set[tuple[str, str]]) -> None:
+    network = configured_network(request.config, node.networks_dir)
+    if network is None or network.ipam is None:
+        return
+    # What is left in the ledger is valid too: other configurations may ask for the same network.
+    kept = {
+        (it.container_id, it.ifname)
+        for it in node.ledger.entries()
+        if it.definition == network.name
+    }
+    ipam_gc(_delegation(request, network), valid | kept, host_process=node.host_process)
+
+
+def _former_names(
+    request: Request, wanted: int, held: Held, pod: Pod, node: Node
+) -> dict[str, list[str]]:
     """Clear what an earlier ADD of this attachment left; give the names it had, by network.
 
     An intent, or fewer NICs than are `wanted`, is the trace of an ADD that was killed. A finished
@@ -252,9 +386,9 @@ def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[s
             "delete it first (DEL)",
         )
     for entry in entries:
-        _detach(entry, held, pod)
+        _detach(entry, held, pod, node)
     if entries:
-        unsilence_absent(pod.route)
+        sweep(pod)
     former: dict[str, list[str]] = {}
     # As they were made: macvtap2 before macvtap10.
     for entry in sorted(entries, key=lambda entry: (len(entry.ifname), entry.ifname)):
@@ -262,15 +396,15 @@ def _former_names(request: Request, wanted: int, held: Held, pod: Pod) -> dict[s
     return former
 
 
-def _detach(entry: Entry, held: Held, pod: Pod | None) -> None:
+def _detach(entry: Entry, held: Held, pod: Pod | None, node: Node) -> None:
     """Unmake the attachment: in `pod`, where the thread stands, if it was made there.
 
     Raises TryAgainLater if its namespace lives but cannot be reached.
     """
     if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
-        detach(entry, held=held, pod=pod)
+        detach(entry, held=held, pod=pod, host_process=node.host_process)
     else:
-        detach_wherever(entry, held=held)
+        detach_wherever(entry, held=held, host_process=node.host_process)
 
 
 @contextmanager
@@ -310,45 +444,6 @@ def _pods_netns(request: Request, closing: ExitStack) -> int:
             "give the pod's; a hostNetwork pod has no NIC of its own to get",
         )
     return netns
-
-
-def _usable_nic(host: Netlink, network: Network) -> Link:
-    """The network's NIC, fit to carry it; refuses what the kernel would, in words."""
-    name = network.dev.names[0]
-    lower = find_link(host, name=name)
-    if lower is None:
-        present = ", ".join(
-            link.name
-            for link in list_links(host)
-            if link.ethernet and not link.loopback and not link.master
-        )
-        raise InvalidNetworkConfig(
-            f"extbridge.dev: the node has no NIC {name!r}", f"it has {present}"
-        )
-    unfit = ""
-    if lower.loopback:
-        unfit = "is the loopback"
-    elif not lower.ethernet:
-        unfit = "is not an Ethernet NIC"
-    elif lower.kind in ("macvtap", "macvlan"):
-        unfit = f"is itself a {lower.kind}; name the NIC below it"
-    elif lower.master:
-        master = find_link(host, ifindex=lower.master)
-        if master is not None and master.kind in _MASTERS_THAT_TAKE_ALL:
-            unfit = f"is a port of {master.kind} {master.name}; name that one, or free the NIC"
-    if unfit:
-        raise InvalidNetworkConfig(
-            f"extbridge.dev: {name} {unfit}",
-            "extbridge needs an Ethernet NIC of its own or a bridge",
-        )
-    if network.mtu is not None and network.mtu > lower.mtu:
-        raise InvalidNetworkConfig(
-            f"mtu: {network.mtu} is more than the {lower.mtu} of {name}",
-            f"give at most {lower.mtu}, or raise the NIC's",
-        )
-    if not lower.up:
-        raise TryAgainLater(f"extbridge.dev: {name} is down", f"ip link set {name} up")
-    return lower
 
 
 def _valid_attachment(item: object) -> tuple[str, str]:

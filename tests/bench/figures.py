@@ -25,10 +25,12 @@ from typing import Final, TypeVar
 from unittest.mock import patch
 
 from extbridge import attachment, plugin
-from extbridge.attachment import alias_of, enter_pod
+from extbridge.attachment import alias_of, opened_pod, sweep
+from extbridge.kernel.antispoof import Guard
 from extbridge.kernel.links import Macvtap, create_macvtap, delete_link, find_link, set_up
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.silence import silence, unsilence_absent
+from extbridge.kernel.netns import inside
+from extbridge.kernel.silence import silence
 from extbridge.kernel.taps import unused_ifindex
 from extbridge.ledger import Held, Ledger
 from extbridge.network.definition import Mode
@@ -44,10 +46,10 @@ PODS_OF_A_NODE: Final = 110
 STEPS: Final = {
     "parse request": (skel, "parse_request"),
     "parse network": (plugin, "wanted_nics"),
-    "look at the NIC": (plugin, "_usable_nic"),
+    "look at the NIC": (plugin, "usable_nics"),
     "ledger, intent and done": (Held, "write"),
     "RTM_NEWLINK macvtap": (attachment, "create_macvtap"),
-    "silence": (attachment, "silence"),
+    "silence and antispoof": (attachment, "silence"),
     "RTM_NEWLINK up": (attachment, "set_up"),
 }
 """The functions that do the most of an ADD; none of them calls another."""
@@ -79,7 +81,9 @@ def time_requests(stage: Stage, samples: Samples, runs: int) -> None:
         lambda: floor("shim alone (VERSION)", stage.shim, "VERSION"),
         lambda: _attach(stage, samples, "macvlan", stage.macvlan, take()),
         lambda: _attach(stage, samples, "extbridge", stage.shim, take()),
+        lambda: _attach(stage, samples, "extbridge, all off", stage.unguarded, take()),
         lambda: _attach_bare(samples, "kernel", stage.shim.nic, take()),
+        lambda: _attach_bare(samples, "kernel, antispoof", stage.shim.nic, take(), guarded=True),
         lambda: _attach_by_steps(stage, samples, take()),
     ]
     for _ in range(runs):
@@ -169,7 +173,7 @@ def _attach(stage: Stage, samples: Samples, name: str, plugin: Plugin, pod: Pod)
     return lambda: samples[f"DEL {name}"].append(stage.time(plugin, "DEL", pod))
 
 
-def _attach_bare(samples: Samples, name: str, nic: str, pod: Pod) -> Undo:
+def _attach_bare(samples: Samples, name: str, nic: str, pod: Pod, *, guarded: bool = False) -> Undo:
     """The kernel's part alone: a macvtap like ours by the messages that it takes."""
     with Netlink(NETLINK_ROUTE) as host:
         lower = find_link(host, name=nic)
@@ -177,19 +181,23 @@ def _attach_bare(samples: Samples, name: str, nic: str, pod: Pod) -> Undo:
         mac = bytes([0x52, 0x54, 0x01, *secrets.token_bytes(3)]).hex(":")
         wanted = Macvtap(unused_ifindex(), "net1", mac, Mode.BRIDGE, lower.ifindex, lower.mtu, 1)
         samples[f"ADD {name}"].append(milliseconds(lambda: create_macvtap(host, wanted, pod.netns)))
-    with enter_pod(pod.netns) as entered:
-        samples[f"silence {name}"].append(milliseconds(lambda: silence(wanted.ifindex, "net1")))
+    guard = Guard(mac, None) if guarded else None
+    with opened_pod(pod.netns) as entered:
+        with inside(pod.netns):
+            samples[f"silence {name}"].append(
+                milliseconds(lambda: silence(wanted.ifindex, "net1", guard))
+            )
         alias = alias_of(pod.container_id, "net1")
         samples[f"up {name}"].append(
             milliseconds(lambda: set_up(entered.route, wanted.ifindex, alias=alias))
         )
 
     def undo() -> None:
-        with enter_pod(pod.netns) as entered:
+        with opened_pod(pod.netns) as entered:
             samples[f"DEL {name}"].append(
                 milliseconds(lambda: delete_link(entered.route, wanted.ifindex))
             )
-            unsilence_absent(entered.route)
+            sweep(entered)
         _settle()
 
     return undo
@@ -198,7 +206,7 @@ def _attach_bare(samples: Samples, name: str, nic: str, pod: Pod) -> Undo:
 def _attach_by_steps(stage: Stage, samples: Samples, pod: Pod) -> Undo:
     """The verb as the agent runs it, in this process, which can look at its watch in between."""
     ledger = Ledger(stage.run_dir.with_name("steps"))
-    served = plugin.verbs(ledger)
+    served = plugin.verbs(plugin.Node(ledger))
     config = stage.shim.config.read_bytes()
 
     def serve(verb: str) -> None:

@@ -86,6 +86,7 @@ class Stage:
             run(executable("extbridge"), "install", "--shim-only", "--bin-dir", str(folder))
             self.launcher = str(folder / "extbridge-exec")
             self.shim = self._plugin(str(folder / "extbridge"), nic)
+            self.unguarded = self._plugin(self.shim.executable, nic, antispoof="off")
             self.in_process = self._plugin(executable("extbridge-cni"), nic)
             self.macvlan = self._plugin(MACVLAN, nic)
             self.agent = self._start_agent()
@@ -195,7 +196,7 @@ class Stage:
     def _answer(self, pod: Pod) -> str:
         return str(self._folder / pod.container_id)
 
-    def _plugin(self, path: str, nic: str) -> Plugin:
+    def _plugin(self, path: str, nic: str, **keys: str) -> Plugin:
         config = {
             "cniVersion": "1.0.0",
             "name": "bench",
@@ -204,8 +205,9 @@ class Stage:
                 if path == MACVLAN
                 else {"type": "extbridge", "extbridge": {"mode": "bridge", "dev": nic}}
             ),
+            **keys,
         }
-        file = self._folder / f"{os.path.basename(path)}-{nic}.json"
+        file = self._folder / f"{'-'.join([os.path.basename(path), nic, *keys])}.json"
         file.write_text(json.dumps(config), encoding="utf-8")
         return Plugin(path, file, nic)
 

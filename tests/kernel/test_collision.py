@@ -14,9 +14,10 @@ import pytest
 
 from extbridge.demo.lab import Lab, Nic, receive, run
 from extbridge.handoff import Tap, take_taps
-from extbridge.kernel.links import FIRST_IFINDEX, GROUP
+from extbridge.kernel.links import GROUP
 from extbridge.kernel.netns import opened_netns
 from extbridge.ledger import Entry, Holder, Ledger
+from extbridge.network.definition import FIRST_IFINDEX
 from extbridge.spec.errors import WrongTap
 from tests.kernel.observe import frame, make_macvtap, network_config, packed, show_link
 from tests.support import Cni
@@ -105,7 +106,7 @@ def test_node_of_another_pods_macvtap_is_refused(
         container_id="container-1", cni_ifname="net1", ifname="net1", network="vepanet",
         definition="vepanet", pod="", netns=pod, netns_inode=os.stat(pod).st_ino, ifindex=number,
         mac=FIRST_MAC, mode="vepa", lower=nic.name, lower_ifindex=show_link(nic.name)["ifindex"],
-        mtu=1500, queues=1, done=True,
+        mtu=1500, queues=1, antispoof="mac", handoff="fd", done=True,
     )  # fmt: skip
     with Ledger(run_dir).hold("container-1") as held:
         held.write(entry)

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
-from extbridge.kernel.links import FIRST_IFINDEX, GROUP
+from extbridge.kernel.links import GROUP
+from extbridge.network.definition import FIRST_IFINDEX
 from tests.kernel.observe import (
     ledger_of,
     leftovers,

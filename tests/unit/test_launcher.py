@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extbridge.handoff import Tap
+from extbridge.network.addresses import Address, Addressing
 from extbridge.node.launcher import render_command
 from extbridge.spec.errors import InvalidEnvironment
 
 NET1 = Tap("vm", name="net1", mac="52:54:00:00:00:01", mtu=1500, fds=(5,), vhost_fds=())
+NET3 = replace(
+    NET1,
+    name="net3",
+    addressing=Addressing(
+        (Address("192.0.2.7/24", "192.0.2.1"), Address("2001:db8::7/64")),
+        dns={"nameservers": ["192.0.2.53", "2001:db8::53"]},
+    ),
+)
 NET2 = Tap("vm", name="net2", mac="52:54:00:00:00:02", mtu=9000, fds=(6, 7), vhost_fds=(8, 9))
 
 
@@ -49,13 +60,31 @@ def test_one_placeholder_is_enough_to_have_none_appended() -> None:
                                                    "2"]  # fmt: skip
 
 
+def test_guests_addresses_can_be_written_into_its_command() -> None:
+    """A guest that takes its address from its kernel's command line gets it there."""
+    asked = [
+        "{net3.ip}::{net3.gateway}:{net3.netmask}",
+        "{net3.prefix}",
+        "{net3.ips}",
+        "{net3.dns}",
+    ]
+    assert render_command(asked, [NET1, NET3]) == [
+        "192.0.2.7::192.0.2.1:255.255.255.0",
+        "24",
+        "192.0.2.7/24,2001:db8::7/64",
+        "192.0.2.53,2001:db8::53",
+    ]
+
+
 @pytest.mark.parametrize(
     ("argument", "told", "hint"),
     [
-        ("{net3.fd}", "there is no NIC net3", "net1, net2"),
+        ("{net9.fd}", "there is no NIC net9", "net1, net2"),
         ("{net2.fd}", "net2 has 2 queues", "{net2.fds}"),
         ("{net1.vhostfds}", "no vhost-net", "vhost=on"),
         ("{net1.adress}", "a NIC has no adress", "mac"),
+        ("{net1.ip}", "net1 has none", "ipam"),
+        ("{net1.dns}", "net1 has none", "ipam"),
     ],
 )
 def test_placeholder_that_cannot_be_filled_is_explained(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from extbridge.ledger import Entry, Holder, Ledger
+from extbridge.network.addresses import Address, Addressing, Route
+from extbridge.network.definition import Bandwidth
 from tests.support import require
 
 ENTRY = Entry(
@@ -30,6 +32,11 @@ ENTRY = Entry(
     lower_ifindex=2,
     mtu=1500,
     queues=1,
+    antispoof="ip",
+    handoff="fd",
+    bandwidth=Bandwidth(1000, None, 2000, 3000),
+    addressing=Addressing((Address("192.0.2.7/24", "192.0.2.1"),), (Route("0.0.0.0/0"),)),
+    delegation={"config": {"ipam": {"type": "host-local"}}, "path": ["/opt/cni/bin"]},
 )
 
 # Each is a process of its own, given the run folder.

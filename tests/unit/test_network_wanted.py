@@ -140,10 +140,12 @@ def test_all_of_cnis_own_keys_are_taken() -> None:
         ({**INLINE, "master": "eth0"}, "master is not a known key"),
         ({**INLINE, "capabilities": []}, "capabilities is a list"),
         ({**INLINE, "runtimeConfig": "mac"}, "runtimeConfig is the string"),
-        ({**INLINE, "runtimeConfig": {"ips": ["192.0.2.1/24"]}}, "runtimeConfig.ips is not supp"),
+        ({**INLINE, "runtimeConfig": {"ips": ["192.0.2.1/33"]}}, "runtimeConfig.ips[0] is the str"),
         ({**INLINE, "runtimeConfig": {"ips": "192.0.2.1"}}, "runtimeConfig.ips is the string"),
-        ({**INLINE, "runtimeConfig": {"deviceID": "7"}}, "runtimeConfig.deviceID is not supported"),
-        ({**INLINE, "trust": True}, "network vepanet asks for trust: true, which is not supported"),
+        ({**INLINE, "runtimeConfig": {"deviceID": "7"}}, "runtimeConfig.deviceID is the string"),
+        ({**INLINE, "runtimeConfig": {"deviceID": "0x60000000"}}, "runtimeConfig.deviceID is the"),
+        ({**INLINE, "runtimeConfig": {"deviceID": "9" * 5000}}, "runtimeConfig.deviceID is the"),
+        ({**INLINE, "antispoof": "ip"}, "network vepanet has antispoof: ip, and nothing says"),
     ],
 )
 def test_wrong_configuration_is_code_7(config: dict[str, Any], message: str) -> None:
@@ -157,20 +159,6 @@ def test_wrong_configuration_is_code_7(config: dict[str, Any], message: str) -> 
 def test_configured_network_is_none_where_only_pods_name_networks() -> None:
     """A node's main conflist may leave it all to the pods; that is no fault of the node."""
     assert configured_network({"name": "cluster", "type": "extbridge", "ipam": {}}) is None
-
-
-@pytest.mark.parametrize("dev", [{"route": "default"}, ["eth0", "eth1"]])
-def test_pool_is_refused_wherever_a_network_is_asked_for(dev: object, tmp_path: Path) -> None:
-    """STATUS, too, says "not supported yet" of a network that an ADD would refuse."""
-    definition = {"extbridge": {"dev": dev}}
-    (tmp_path / "pool.json").write_text(json.dumps(definition))
-    folder = {"networksDir": str(tmp_path)}
-    with pytest.raises(InvalidNetworkConfig, match="not supported yet"):
-        configured_network({"name": "vepanet", **definition})
-    with pytest.raises(InvalidNetworkConfig, match="not supported yet"):
-        configured_network({"name": "vepanet", "network": "pool", **folder})
-    with pytest.raises(InvalidNetworkConfig, match="not supported yet"):
-        wanted_nics(chain({"name": "pool"}, **folder))
 
 
 @pytest.mark.parametrize("annotations", [{}, {"extbridge.io/networks": ""}, {"other": "[x"}])
@@ -324,10 +312,35 @@ def test_one_mac_for_several_nics_is_code_2(config: dict[str, Any], args: dict[s
         wanted_nics(request)
 
 
-def test_addresses_in_the_annotation_are_not_supported_yet() -> None:
-    """Addresses that nobody would assign are refused rather than ignored."""
-    with pytest.raises(InvalidNetworkConfig, match="not supported yet"):
-        wanted_nics(chain({"name": "vepanet", "ips": ["192.0.2.7/24"]}))
+@pytest.mark.parametrize("antispoof", [{}, {"antispoof": "ip"}])
+def test_addresses_are_the_runtimes_or_the_annotations(antispoof: dict[str, Any]) -> None:
+    """A NIC gets the addresses that are asked for, and they will do for antispoof: ip."""
+    config = {**INLINE, **antispoof}
+    asked = {"name": "vepanet", "ips": ["192.0.2.7/24"]}
+    runtime = {"runtimeConfig": {"ips": ["192.0.2.8/24", "fd00::8/64"]}}
+    annotations = {"extbridge.io/networks": json.dumps(asked)}
+    assert only(ask(config, annotations=annotations)).ips == ("192.0.2.7/24",)
+    assert only(ask({**config, **runtime})).ips == ("192.0.2.8/24", "fd00::8/64")
+    both = ask({**config, **runtime}, annotations=annotations)
+    assert only(both).ips == ("192.0.2.8/24", "fd00::8/64")
+
+
+@pytest.mark.parametrize(
+    "runtime", [{"ips": ["192.0.2.7/24"]}, {"deviceID": str(0x60000007)}], ids=str
+)
+def test_what_is_one_nics_is_not_given_to_two(runtime: dict[str, Any]) -> None:
+    """One address or device cannot be two NICs'; the annotation can tell addresses apart."""
+    annotations = {"extbridge.io/networks": "vepanet,vepanet"}
+    config = {**INLINE, "prevResult": CHAINED, "runtimeConfig": runtime}
+    with pytest.raises(UnsupportedField, match="for a pod with 2 NICs"):
+        wanted_nics(ask(config, annotations=annotations))
+
+
+def test_device_is_the_ifindex_that_was_reserved() -> None:
+    """What a device plugin has reserved is an ifindex, given as text like every device ID."""
+    runtime = {"runtimeConfig": {"deviceID": str(0x60000007)}}
+    assert only(ask({**INLINE, **runtime})).ifindex == 0x60000007
+    assert only(ask(INLINE)).ifindex is None
 
 
 @pytest.mark.parametrize(
@@ -341,14 +354,7 @@ def test_addresses_in_the_annotation_are_not_supported_yet() -> None:
 )
 def test_bandwidth_without_a_limit_is_no_limit(bandwidth: dict[str, int] | None) -> None:
     """How containerd says that a pod has no limit, in Go's spelling of the keys, is known."""
-    assert only(ask({**INLINE, "runtimeConfig": {"bandwidth": bandwidth}})).mac is None
-
-
-@pytest.mark.parametrize("bandwidth", [{"ingressRate": 1}, {"EgressRate": 8000, "EgressBurst": 1}])
-def test_limit_is_not_supported_yet(bandwidth: dict[str, int]) -> None:
-    """A pod with a limit that would not be applied is refused, in either spelling."""
-    with pytest.raises(InvalidNetworkConfig, match=r"runtimeConfig\.bandwidth is not supported"):
-        wanted_nics(ask({**INLINE, "runtimeConfig": {"bandwidth": bandwidth}}))
+    assert only(ask({**INLINE, "runtimeConfig": {"bandwidth": bandwidth}})).bandwidth is None
 
 
 def test_vm_is_known_by_annotation_then_pod_then_container() -> None:

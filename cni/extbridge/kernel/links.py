@@ -6,26 +6,26 @@ the one message that creates it: its group and the range of its ifindex.
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
+import socket
 import struct
 from dataclasses import dataclass
 from typing import Final
 
 from extbridge.kernel import netlink
 from extbridge.kernel.netlink import Netlink, attribute, nested, text, u32
-from extbridge.network.definition import Mode
+from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX, Mode
 
 GROUP: Final = 0x65787462
 """The link group of every macvtap of ours: "extb"."""
-
-FIRST_IFINDEX: Final = 0x40000000
-LAST_IFINDEX: Final = 0x7FFFFFFF
-"""The kernel counts its own from 1, in each namespace anew; it does not come here by itself."""
 
 _RTM_NEWLINK = 16
 _RTM_DELLINK = 17
 _RTM_GETLINK = 18
 _RTM_GETADDR = 22
+_RTM_GETROUTE = 26
 
 _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
@@ -40,6 +40,9 @@ _IFLA_EXT_MASK = 29
 _IFLA_NUM_TX_QUEUES = 31
 _IFLA_NUM_RX_QUEUES = 32
 _IFLA_CARRIER = 33
+_IFLA_PERM_ADDRESS = 54
+_IFLA_PARENT_DEV_NAME = 56
+_IFLA_PARENT_DEV_BUS_NAME = 57
 _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
 _IFLA_MACVLAN_MODE = 1
@@ -56,6 +59,18 @@ _ARPHRD_ETHER = 1
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
+_RTMSG = struct.Struct("=BBBBBBBBI")
+_NEXTHOP = struct.Struct("=HBBi")
+
+_RTA_OIF = 4
+_RTA_MULTIPATH = 9
+_RT_TABLE_MAIN = 254
+_RTN_UNICAST = 1
+
+_SIOCETHTOOL = 0x8946
+_ETHTOOL_GDRVINFO = 3
+_DRVINFO_BYTES = 196
+_IFREQ_DATA = struct.Struct("@16sP")
 
 # linux/if_link.h, enum macvlan_mode.
 _MODE_NUMBERS: Final = {Mode.PRIVATE: 1, Mode.VEPA: 2, Mode.BRIDGE: 4, Mode.PASSTHRU: 8}
@@ -63,7 +78,11 @@ _MODE_NUMBERS: Final = {Mode.PRIVATE: 1, Mode.VEPA: 2, Mode.BRIDGE: 4, Mode.PASS
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link as the kernel describes it; `lower` and `master` are ifindexes, 0 for none."""
+    """A link as the kernel describes it; `lower` and `master` are ifindexes, 0 for none.
+
+    `permanent_mac` is the one that the hardware came with, and `pci` its address on that bus; empty
+    where there is none, or the kernel does not tell (before Linux 5.6 and 5.14).
+    """
 
     ifindex: int
     name: str
@@ -81,6 +100,8 @@ class Link:
     master: int
     mode: Mode | None
     tx_queues: int
+    permanent_mac: str
+    pci: str
 
     @property
     def ours(self) -> bool:
@@ -211,6 +232,47 @@ def has_address(route: Netlink, ifindex: int) -> bool:
     return any(_IFADDR.unpack_from(answer)[4] == ifindex for answer in answers)
 
 
+def default_route_links(route: Netlink) -> set[int]:
+    """The ifindexes of the links over which a default route of the socket's namespace leads."""
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for answer in route.request(
+            _RTM_GETROUTE,
+            _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0),
+            flags=netlink.NLM_F_DUMP,
+            what="RTM_GETROUTE dump",
+        ):
+            _, bits, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(answer)
+            if (bits, table, kind) != (0, _RT_TABLE_MAIN, _RTN_UNICAST):
+                continue
+            said = netlink.attributes(answer[_RTMSG.size :])
+            if _RTA_OIF in said:
+                found.add(netlink.as_u32(said[_RTA_OIF]))
+            hops, at = said.get(_RTA_MULTIPATH, b""), 0
+            while at + _NEXTHOP.size <= len(hops):
+                length, _, _, ifindex = _NEXTHOP.unpack_from(hops, at)
+                found.add(ifindex)
+                at += max(length, _NEXTHOP.size)
+    return found
+
+
+def driver_of(name: str) -> str:
+    """The driver of a link of the thread's namespace, empty where it tells none.
+
+    ETHTOOL_GDRVINFO (linux/ethtool.h): sysfs would show the namespace that it was mounted in.
+    """
+    info = array.array("B", struct.pack("=I", _ETHTOOL_GDRVINFO) + bytes(_DRVINFO_BYTES - 4))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asked:
+        try:
+            fcntl.ioctl(asked, _SIOCETHTOOL, _IFREQ_DATA.pack(name.encode(), info.buffer_info()[0]))
+        except OSError as error:
+            # ENODEV: it has gone meanwhile.
+            if error.errno in (errno.EOPNOTSUPP, errno.ENODEV):
+                return ""
+            raise
+    return netlink.as_text(info.tobytes()[4:36])
+
+
 def _lookup(ifindex: int) -> bytes:
     return _IFINFO.pack(0, 0, ifindex, 0, 0) + u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
 
@@ -242,4 +304,8 @@ def _parse(payload: bytes) -> Link:
         master=netlink.as_u32(found.get(_IFLA_MASTER, bytes(4))),
         mode=mode,
         tx_queues=netlink.as_u32(found.get(_IFLA_NUM_TX_QUEUES, bytes(4))),
+        permanent_mac=found.get(_IFLA_PERM_ADDRESS, b"").hex(":"),
+        pci=netlink.as_text(found.get(_IFLA_PARENT_DEV_NAME, b""))
+        if found.get(_IFLA_PARENT_DEV_BUS_NAME) == b"pci\0"
+        else "",
     )

@@ -17,7 +17,8 @@ import struct
 from contextlib import ExitStack
 from typing import Final
 
-from extbridge.kernel.links import FIRST_IFINDEX, LAST_IFINDEX, Link
+from extbridge.kernel.links import Link
+from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX
 from extbridge.spec.errors import WrongTap
 
 _TUNSETIFF = 0x400454CA
@@ -46,8 +47,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def unused_ifindex() -> int:
     """An ifindex of our range that no macvtap of this node bears, in whichever namespace.
 
-    30 random bits: that two requests pick the same number before either has its node happens once
-    in a thousand million, and then the second is refused at hand-off, not given the first's tap.
+    29 random bits: that two requests pick the same number before either has its node happens once
+    in five hundred million, and then the second is refused at hand-off, not given the first's tap.
     """
     while True:
         ifindex = FIRST_IFINDEX + secrets.randbelow(LAST_IFINDEX - FIRST_IFINDEX + 1)
@@ -58,6 +59,11 @@ def unused_ifindex() -> int:
 def has_node(ifindex: int) -> bool:
     """Whether a macvtap with this ifindex is there, in whichever namespace of the node."""
     return _exists(f"tap{ifindex}")
+
+
+def give_node(ifindex: int, *, uid: int, gid: int) -> None:
+    """Make the tap's device node the user's and group's, so that their QEMU can open it."""
+    os.chown(f"tap{ifindex}", uid, gid, dir_fd=_device_nodes())
 
 
 def open_tap(link: Link, mac: str) -> list[int]:

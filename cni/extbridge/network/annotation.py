@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from extbridge.network.addresses import parse_ips
 from extbridge.network.definition import parse_network_name, parse_nic_name
 from extbridge.network.mac import parse_mac
 from extbridge.network.spelling_json import load_json
@@ -12,7 +13,6 @@ from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.fields import (
     JsonObject,
     as_object,
-    as_str,
     field_path,
     get_list,
     get_str,
@@ -95,13 +95,8 @@ def _parse_nic(obj: JsonObject, where: str) -> AskedNic:
         interface=(
             parse_nic_name(interface, field=field_path(where, "interface")) if interface else None
         ),
-        ips=_get_ips(obj, where),
+        ips=parse_ips(get_list(obj, "ips", where=where) or (), where=field_path(where, "ips")),
     )
-
-
-def _get_ips(obj: JsonObject, where: str) -> tuple[str, ...]:
-    ips = get_list(obj, "ips", where=where) or []
-    return tuple(as_str(item, where=f"{where}.ips[{index}]") for index, item in enumerate(ips))
 
 
 def _refuse_duplicates(interfaces: list[str]) -> None:

@@ -48,11 +48,16 @@ _MAX_NICS = 256
 
 _MAX_PATTERN_CHARACTERS = 64
 
-_MAX_RATE = (1 << 63) - 1
+MAX_RATE: Final = (1 << 63) - 1
 """bits/s; what the signed integers of other CNI programs hold."""
 
-_MAX_BURST = (1 << 35) - 1
+MAX_BURST: Final = (1 << 35) - 1
 """Bits; the traffic control API holds a burst as 32 bits of bytes."""
+
+FIRST_IFINDEX: Final = 0x60000000
+LAST_IFINDEX: Final = 0x7FFFFFFF
+"""The ifindexes of macvtaps of ours. The kernel counts its own from 1, in each namespace anew; it
+does not come here by itself."""
 
 _IPAM_DEPTH = MAX_DEPTH - 4
 """Less than a file may nest, so that whatever was read can be written as a file."""
@@ -86,7 +91,8 @@ class Handoff(StrEnum):
 class Bandwidth:
     """Limits as seen from the pod, rates in bits/s and bursts in bits; None is no limit.
 
-    A rate always has its burst (CNI's `bandwidth` convention).
+    A definition's rate has its burst (CNI's `bandwidth` convention); a pod's may have none that
+    means anything, and then None is one that suits the rate.
     """
 
     ingress_rate: int | None = None
@@ -109,7 +115,7 @@ class NicSelector:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A valid definition. mtu None is the NIC's own, antispoof None the default."""
+    """A valid definition. mtu None is the NIC's own; of antispoof and trust see `held_to`."""
 
     name: str
     dev: NicSelector
@@ -124,6 +130,11 @@ class Network:
     bandwidth: Bandwidth | None = None
     handoff: Handoff = Handoff.FD
     ipam: Mapping[str, object] | None = field(default=None, hash=False)
+
+    @property
+    def held_to(self) -> Antispoof:
+        """Which source addresses its guests are held to: their MAC, unless it says otherwise."""
+        return self.antispoof or (Antispoof.OFF if self.trust else Antispoof.MAC)
 
 
 DEFINITION_KEYS: Final = (
@@ -166,6 +177,13 @@ def parse_network(obj: JsonObject, *, name: str | None = None) -> Network:
             "extbridge is missing", 'name the mode and the NIC: {"mode": "vepa", "dev": "eth0"}'
         )
     refuse_unknown(extbridge, ("mode", "dev"), where="extbridge")
+    antispoof = _get_choice(obj, "antispoof", {it.value: it for it in Antispoof})
+    trust = get_bool(obj, "trust") or False
+    if trust and antispoof in (Antispoof.MAC, Antispoof.IP):
+        raise InvalidNetworkConfig(
+            f"trust: true lets the guest have any address, and antispoof: {antispoof} does not",
+            "leave one of them out",
+        )
     return Network(
         name=_get_name(obj, name),
         dev=_get_dev(extbridge),
@@ -175,8 +193,8 @@ def parse_network(obj: JsonObject, *, name: str | None = None) -> Network:
         queues=_get_ranged(obj, "queues", 1, _MAX_QUEUES) or 1,
         mac=_get_mac(obj, "mac"),
         mac_prefix=_get_mac_prefix(obj),
-        antispoof=_get_choice(obj, "antispoof", {it.value: it for it in Antispoof}),
-        trust=get_bool(obj, "trust") or False,
+        antispoof=antispoof,
+        trust=trust,
         bandwidth=_get_bandwidth(obj),
         handoff=_get_choice(obj, "handoff", {it.value: it for it in Handoff}) or Handoff.FD,
         ipam=_get_ipam(obj),
@@ -203,28 +221,6 @@ def network_to_object(network: Network) -> dict[str, object]:
         "ipam": network.ipam,
     }
     return _without_none(said)
-
-
-def refuse_unsupported(network: Network) -> None:
-    """Raise InvalidNetworkConfig for what a definition may say but nothing acts on yet.
-
-    A policy that is silently not applied is worse than an error.
-    """
-    is_policy = network.antispoof in {Antispoof.MAC, Antispoof.IP}
-    is_one_nic = len(network.dev.names) == 1
-    asked = (
-        (is_policy, f"antispoof: {network.antispoof}", "leave it out, or say off"),
-        (network.trust, "trust: true", "leave it out"),
-        (network.bandwidth is not None, "bandwidth", "leave it out"),
-        (network.handoff is Handoff.DEVICE, "handoff: device", "leave it out"),
-        (network.ipam is not None, "ipam", "leave it out"),
-        (not is_one_nic, "more than one NIC, or for one by a selector", "name one NIC"),
-    )
-    for is_asked, what, remedy in asked:
-        if is_asked:
-            raise InvalidNetworkConfig(
-                f"network {network.name} asks for {what}, which is not supported yet", remedy
-            )
 
 
 def parse_network_name(text: str, *, field: str) -> str:
@@ -387,8 +383,8 @@ def _get_bandwidth(obj: JsonObject) -> Bandwidth | None:
 def _get_limit(bandwidth: JsonObject, direction: str) -> tuple[int | None, int | None]:
     """Rate and burst; zero is none, and both or neither: as containernetworking's plugin has it."""
     where = "bandwidth"
-    rate = _get_ranged(bandwidth, f"{direction}Rate", 0, _MAX_RATE, where=where) or None
-    burst = _get_ranged(bandwidth, f"{direction}Burst", 0, _MAX_BURST, where=where) or None
+    rate = _get_ranged(bandwidth, f"{direction}Rate", 0, MAX_RATE, where=where) or None
+    burst = _get_ranged(bandwidth, f"{direction}Burst", 0, MAX_BURST, where=where) or None
     if (rate is None) != (burst is None):
         given, missing = ("Burst", "Rate") if rate is None else ("Rate", "Burst")
         raise InvalidNetworkConfig(

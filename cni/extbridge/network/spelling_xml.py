@@ -212,7 +212,10 @@ def _read_forward(root: _Element, forward: _Element) -> dict[str, object]:
         )
     for setting in _NIC_SETTINGS:
         if any(child.name == setting for child in root.children):
-            raise InvalidNetworkConfig(f"<{setting}> is not supported yet", "leave it out")
+            raise InvalidNetworkConfig(
+                f"<{setting}> would change the macvtap in a way that extbridge does not",
+                "leave it out; <extbridge> has keys of its own, bandwidth among them",
+            )
     refuse_unknown(forward.attributes, ("mode", "dev"), where="forward")
     _refuse_unknown_children(forward, ("interface",))
     return {"extbridge": {"mode": mode, "dev": _read_names(forward)}}

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from extbridge.network.addresses import parse_ips
 from extbridge.network.annotation import (
     NETWORKS_ANNOTATION,
     AskedNic,
     parse_networks_annotation,
 )
+from extbridge.network.bandwidth import pods_bandwidth
 from extbridge.network.definition import (
     DEFINITION_KEYS,
+    FIRST_IFINDEX,
+    LAST_IFINDEX,
+    Antispoof,
+    Bandwidth,
     Network,
     parse_network,
-    refuse_unsupported,
 )
 from extbridge.network.mac import derive_mac, parse_mac
 from extbridge.network.store import DEFAULT_DIRECTORY, load_network
@@ -34,8 +39,6 @@ from extbridge.spec.errors import (
 from extbridge.spec.fields import (
     JsonObject,
     describe,
-    field_path,
-    get_int,
     get_list,
     get_object,
     get_str,
@@ -69,8 +72,7 @@ _CONFIG_KEYS = tuple(dict.fromkeys((*_CNI_KEYS, "network", "networksDir", *DEFIN
 _MAX_VM_NAME_CHARACTERS = 253
 """What Kubernetes allows the name of an object."""
 
-_NO_LIMIT = frozenset({None, 0, 0xFFFFFFFF})
-"""How runtimes say that a pod's bandwidth is not limited: containerd writes all of these."""
+_DEVICES = range(FIRST_IFINDEX, LAST_IFINDEX + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,19 @@ class VmIdentity:
 
 @dataclass(frozen=True, slots=True)
 class WantedNic:
-    """One NIC to make. ifname None is the first unused `macvtap%d`, mac None the derived one."""
+    """One NIC to make. ifname None is the first unused `macvtap%d`, mac None the derived one.
+
+    `ips` are the addresses that are asked for, `bandwidth` the limits in force, and `ifindex` the
+    one that a device plugin has reserved for it, if it has.
+    """
 
     network: Network
     ifname: str | None
     mac: str | None
     vm: VmIdentity
+    ips: tuple[str, ...] = ()
+    bandwidth: Bandwidth | None = None
+    ifindex: int | None = None
 
 
 def wanted_nics(request: Request, networks_dir: str = DEFAULT_DIRECTORY) -> tuple[WantedNic, ...]:
@@ -115,13 +124,23 @@ def wanted_nics(request: Request, networks_dir: str = DEFAULT_DIRECTORY) -> tupl
         asked = (_find_own(asked, network.name),)
     if not networks:
         return ()
-    _refuse_unsupported_wishes(runtime, asked)
     ifnames = _choose_ifnames(request, asked)
     macs = _choose_macs(request, runtime, asked, networks)
+    ips = _choose_ips(runtime, asked, networks)
+    ifindex = _get_device(runtime, asked)
+    limits = get_object(runtime, "bandwidth", where="runtimeConfig") or {}
     vm = _identify_vm(request, annotations)
     return tuple(
-        WantedNic(network, ifname, mac, vm)
-        for network, ifname, mac in zip(networks, ifnames, macs, strict=True)
+        WantedNic(
+            network,
+            ifname,
+            mac,
+            vm,
+            ips,
+            pods_bandwidth(limits, annotations, network.bandwidth),
+            ifindex,
+        )
+        for network, ifname, mac, ips in zip(networks, ifnames, macs, ips, strict=True)
     )
 
 
@@ -151,14 +170,14 @@ def configured_network(config: JsonObject, networks_dir: str = DEFAULT_DIRECTORY
     definition = inline_definition(config)
     name = get_str(config, "network")
     if name is None:
-        return None if definition is None else _supported(_parsed(definition))
+        return None if definition is None else _parsed(definition)
     if definition is not None:
         inline = ", ".join(key for key in definition if key != "name")
         raise InvalidNetworkConfig(
             f"the configuration names the network {name!r} and gives keys of one besides: {inline}",
             "either name a network or define it here",
         )
-    return _supported(load_network(name, _networks_dir(config, networks_dir)))
+    return load_network(name, _networks_dir(config, networks_dir))
 
 
 def inline_definition(config: JsonObject) -> JsonObject | None:
@@ -209,8 +228,8 @@ def _networks_dir(config: JsonObject, default: str) -> str:
 def _find_network(config: JsonObject, name: str, networks_dir: str) -> Network:
     definition = inline_definition(config)
     if definition is not None and definition.get("name") == name:
-        return _supported(_parsed(definition))
-    return _supported(load_network(name, _networks_dir(config, networks_dir)))
+        return _parsed(definition)
+    return load_network(name, _networks_dir(config, networks_dir))
 
 
 def _parsed(definition: JsonObject) -> Network:
@@ -223,11 +242,6 @@ def _parse_text(text: str) -> Network:
     return parse_network(json.loads(text))
 
 
-def _supported(network: Network) -> Network:
-    refuse_unsupported(network)
-    return network
-
-
 def _find_own(asked: Sequence[AskedNic], name: str) -> AskedNic:
     """What the annotation says about the one network that the configuration is for.
 
@@ -237,24 +251,44 @@ def _find_own(asked: Sequence[AskedNic], name: str) -> AskedNic:
     return AskedNic(name, mac=own.mac, ips=own.ips)
 
 
-def _refuse_unsupported_wishes(runtime: JsonObject, asked: Sequence[AskedNic]) -> None:
-    where = "runtimeConfig"
-    bandwidth = get_object(runtime, "bandwidth", where=where) or {}
-    # containerd hands over a Go struct without its tags: IngressRate for ingressRate.
-    rates = {
-        get_int(bandwidth, key, where=field_path(where, "bandwidth"))
-        for key in bandwidth
-        if key.lower() in {"ingressrate", "egressrate"}
-    }
-    wishes: Mapping[str, bool] = {
-        "runtimeConfig.ips": bool(get_list(runtime, "ips", where=where)),
-        "runtimeConfig.deviceID": bool(get_str(runtime, "deviceID", where=where)),
-        "runtimeConfig.bandwidth": not rates <= _NO_LIMIT,
-        f"ips in {NETWORKS_ANNOTATION}": any(nic.ips for nic in asked),
-    }
-    for wish, is_there in wishes.items():
-        if is_there:
-            raise InvalidNetworkConfig(f"{wish} is not supported yet", "leave it out")
+def _choose_ips(
+    runtime: JsonObject, asked: Sequence[AskedNic], networks: Sequence[Network]
+) -> list[tuple[str, ...]]:
+    """The runtime's, or else the annotation's."""
+    where = "runtimeConfig.ips"
+    from_runtime = parse_ips(get_list(runtime, "ips", where="runtimeConfig") or (), where=where)
+    if from_runtime and len(asked) > 1:
+        raise UnsupportedField(
+            f"{where} is given for a pod with {len(asked)} NICs",
+            f"give each NIC its own in {NETWORKS_ANNOTATION}",
+        )
+    chosen = [from_runtime or nic.ips for nic in asked]
+    for network, ips in zip(networks, chosen, strict=True):
+        if network.held_to is Antispoof.IP and network.ipam is None and not ips:
+            raise InvalidNetworkConfig(
+                f"network {network.name} has antispoof: ip, and nothing says which IP addresses",
+                "give the network an ipam, or the pod its ips",
+            )
+    return chosen
+
+
+def _get_device(runtime: JsonObject, asked: Sequence[AskedNic]) -> int | None:
+    """The ifindex that `runtimeConfig.deviceID` names."""
+    given = get_str(runtime, "deviceID", where="runtimeConfig")
+    if not given:
+        return None
+    if len(asked) > 1:
+        raise UnsupportedField(
+            f"runtimeConfig.deviceID is given for a pod with {len(asked)} NICs",
+            "ask for one device and one network",
+        )
+    if not given.isascii() or not given.isdecimal() or int(given[:20]) not in _DEVICES:
+        raise InvalidNetworkConfig(
+            f"runtimeConfig.deviceID is {describe(given)}",
+            f"it has to be an ifindex that extbridge's device plugin has reserved, from"
+            f" {FIRST_IFINDEX} to {LAST_IFINDEX}",
+        )
+    return int(given)
 
 
 def _choose_ifnames(request: Request, asked: Sequence[AskedNic]) -> list[str | None]:

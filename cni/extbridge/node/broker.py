@@ -20,6 +20,7 @@ from typing import Final
 from extbridge.handoff import Tap, take_taps
 from extbridge.kernel.netns import is_own
 from extbridge.ledger import Holder, Ledger
+from extbridge.network.addresses import addressing_to_object
 from extbridge.node import wire
 from extbridge.node.launcher import DEFAULT_MODEL, MODEL_VARIABLE, render_command
 from extbridge.spec.errors import InvalidEnvironment, NotPermitted
@@ -221,6 +222,7 @@ def describe(tap: Tap) -> dict[str, object]:
         "mtu": tap.mtu,
         "fds": tap.fds,
         "vhostFds": tap.vhost_fds,
+        "addressing": addressing_to_object(tap.addressing),
     }
 
 

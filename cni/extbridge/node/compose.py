@@ -8,6 +8,7 @@ import logging
 import resource
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Services
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
-from extbridge.plugin import verbs
+from extbridge.plugin import Node, verbs
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError
 
@@ -28,17 +29,19 @@ log = logging.getLogger(__name__)
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
-    """Be the node's agent until SIGTERM."""
+def run_agent(
+    run: Path, networks_dir: str, *, as_json: bool, host_process: int | None = None
+) -> None:
+    """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
     _log_to_stderr(as_json=as_json)
     # A NIC of 256 queues alone is twice as many fds.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
-    served = verbs(ledger, networks_dir)
+    served = verbs(Node(ledger, networks_dir, host_process))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
-        attachments=lambda: sum(1 for _ in ledger.entries()),
+        attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
         spooled=lambda: len(reconcile.spooled(spool)),
     )
 
@@ -54,7 +57,7 @@ def run_agent(run: Path, networks_dir: str, *, as_json: bool) -> None:
         release=release,
         leases=partial(broker.leases_of, ledger),
         replay_spool=partial(reconcile.replay_spool, spool, served),
-        repair=partial(reconcile.repair, ledger),
+        repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(_report_networks, networks_dir),
         spool=spool,
     )

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from ipaddress import ip_interface
 from typing import Final
 
 from extbridge.handoff import Tap
+from extbridge.network.addresses import Addressing
 from extbridge.spec.errors import InvalidEnvironment
+from extbridge.spec.fields import get_list
 
 MODEL_VARIABLE: Final = "EXTBRIDGE_MODEL"
 DEFAULT_MODEL: Final = "virtio-net-pci"
 
-_KEYS = ("fd", "fds", "vhostfds", "mac", "mtu", "queues")
+_KEYS = (
+    "fd",
+    "fds",
+    "vhostfds",
+    "mac",
+    "mtu",
+    "queues",
+    "ip",
+    "prefix",
+    "netmask",
+    "gateway",
+    "ips",
+    "dns",
+)
 
 # QEMU's own arguments may be JSON: a placeholder has one of these keys, or the name of a tap.
 _PLACEHOLDER = re.compile(r"\{([^{}/:\s]{1,15})\.([A-Za-z]+)\}")
@@ -48,7 +64,25 @@ def _values(tap: Tap) -> dict[str, str]:
         values["fd"] = str(tap.fds[0])
     if tap.vhost_fds:
         values["vhostfds"] = ":".join(map(str, tap.vhost_fds))
-    return values
+    return values | _address_values(tap.addressing)
+
+
+def _address_values(addressing: Addressing) -> dict[str, str]:
+    """Of the first address, and of all; what there is not has no value."""
+    if not addressing.addresses:
+        return {}
+    first = addressing.addresses[0]
+    interface = ip_interface(first.address)
+    servers = get_list(addressing.dns, "nameservers") or []
+    values = {
+        "ip": str(interface.ip),
+        "prefix": str(interface.network.prefixlen),
+        "netmask": str(interface.netmask),
+        "gateway": first.gateway,
+        "ips": ",".join(it.address for it in addressing.addresses),
+        "dns": ",".join(map(str, servers)),
+    }
+    return {key: value for key, value in values.items() if value}
 
 
 def _fill(found: re.Match[str], values: dict[str, dict[str, str]]) -> str:
@@ -69,6 +103,11 @@ def _fill(found: re.Match[str], values: dict[str, dict[str, str]]) -> str:
         raise InvalidEnvironment(
             f"{found.group()}: {name} has {values[name]['queues']} queues, an fd each",
             f"write fds={{{name}.fds}}",
+        )
+    if key != "vhostfds":
+        raise InvalidEnvironment(
+            f"{found.group()}: {name} has none",
+            "addresses are those of the network's ipam, or the ips that the pod asks for",
         )
     raise InvalidEnvironment(
         f"{found.group()}: the node has no vhost-net",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -13,11 +15,33 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _BUCKETS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5, 1.0, 5.0)
 
 
+class _Attachments(Collector):
+    """How many attachments there are, and on which NIC: asked when somebody reads it."""
+
+    def __init__(self, count: Callable[[], Mapping[str, int]]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterator[Metric]:
+        counted = self._count()
+        yield GaugeMetricFamily(
+            "extbridge_attachments", "Attachments in the ledger.", value=sum(counted.values())
+        )
+        by_nic = GaugeMetricFamily(
+            "extbridge_nic_attachments", "Attachments on each NIC that has any.", labels=("nic",)
+        )
+        for nic, number in sorted(counted.items()):
+            by_nic.add_metric((nic,), number)
+        yield by_nic
+
+
 class Metrics:
     """The agent's counters; `attachments` and `spooled` are asked when somebody reads them."""
 
-    def __init__(self, *, attachments: Callable[[], int], spooled: Callable[[], int]) -> None:
+    def __init__(
+        self, *, attachments: Callable[[], Mapping[str, int]], spooled: Callable[[], int]
+    ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_Attachments(attachments))
         self.requests = Counter(
             "extbridge_requests",
             "CNI requests answered, by verb and by the code of the answer (0 is success).",
@@ -55,9 +79,6 @@ class Metrics:
         self.leases = Gauge(
             "extbridge_leases", "Processes that hold taps.", registry=self._registry
         )
-        Gauge(
-            "extbridge_attachments", "Attachments in the ledger.", registry=self._registry
-        ).set_function(attachments)
         Gauge(
             "extbridge_spool_length", "DELs that wait in the spool.", registry=self._registry
         ).set_function(spooled)

@@ -44,8 +44,11 @@ def replay_spool(spool: Path, verbs: skel.Verbs) -> int:
     return served
 
 
-def repair(ledger: Ledger) -> Mapping[str, int]:
-    """Set the ledger right by what the kernel has; how much of each kind was amiss."""
+def repair(ledger: Ledger, host_process: int | None = None) -> Mapping[str, int]:
+    """Set the ledger right by what the kernel has; how much of each kind was amiss.
+
+    What an IPAM plugin, run as `host_process` says (ipam), gave to what is gone is released.
+    """
     repairs: Counter[str] = Counter()
     for container_id in ledger.containers():
         try:
@@ -56,7 +59,7 @@ def repair(ledger: Ledger) -> Mapping[str, int]:
                     if kind == "holder":
                         held.write(replace(entry, holder=None))
                     elif kind:
-                        detach_wherever(entry, held=held)
+                        detach_wherever(entry, held=held, host_process=host_process)
                     repairs[kind] += bool(kind)
         except (OSError, CniError) as error:
             log.error("container %s: %s", container_id, error)  # noqa: TRY400 - likewise

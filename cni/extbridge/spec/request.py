@@ -24,6 +24,9 @@ from extbridge.spec.result import get_interfaces
 
 MAX_STDIN_BYTES: Final = 1 << 20
 
+VALID_ATTACHMENTS: Final = "cni.dev/valid-attachments"
+"""The key under which GC is told what is not to be removed (SPEC 1.1.0 section 2, "GC")."""
+
 _ONE_OBJECT = "it has to be one object, the network configuration"
 
 _MAX_DEPTH = 100
