@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self
 
@@ -70,18 +71,20 @@ def u32(kind: int, value: int) -> bytes:
     return attribute(kind, struct.pack("=I", value))
 
 
-def attributes(payload: bytes) -> dict[int, bytes]:
-    """The attributes in `payload` by type, without flags; where a type repeats, the last."""
-    found = {}
+def walk(payload: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes in `payload`, in order, flags stripped from their types."""
     at, end = 0, len(payload) - _ATTRIBUTE.size
     while at <= end:
         length, kind = _ATTRIBUTE.unpack_from(payload, at)
         if length < _ATTRIBUTE.size:
-            break
-        found[kind & _NLA_TYPE_MASK] = payload[at + _ATTRIBUTE.size : at + length]
-        # A link has some fifty: this loop is a good part of looking at one.
+            return
+        yield kind & _NLA_TYPE_MASK, payload[at + _ATTRIBUTE.size : at + length]
         at += (length + 3) & ~3
-    return found
+
+
+def attributes(payload: bytes) -> dict[int, bytes]:
+    """The attributes in `payload` by type; where a type repeats, the last."""
+    return dict(walk(payload))
 
 
 def as_text(payload: bytes) -> str:
