@@ -104,11 +104,14 @@ def attach(
     if draft.ifindex and has_node(draft.ifindex):
         raise _device_taken(draft, ledger)
     with ExitStack() as undo:
+        with ExitStack() as unaddressed:
+            unaddressed.callback(held.remove, draft.ifname)
+            if draft.delegation is not None:
+                held.write(draft)
+                delegation = parse_delegation(draft.delegation)
+                draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
+            unaddressed.pop_all()
         undo.callback(_forget, draft, held, host_process)
-        if draft.delegation is not None:
-            held.write(draft)
-            delegation = parse_delegation(draft.delegation)
-            draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
         entry, lower = _made(draft, lowers, ledger=ledger, held=held, host=host, pod=pod)
         undo.callback(sweep, pod)
         undo.callback(_delete_ours, entry.ifindex, pod)
@@ -120,7 +123,7 @@ def attach(
         with inside(pod.netns):
             silence(entry.ifindex, entry.ifname, guard)
         if entry.bandwidth is not None:
-            mac = guard and guard.mac
+            mac = None if guard is None else guard.mac
             shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
         if entry.handoff == Handoff.DEVICE:
             give_node(entry.ifindex, uid=_QEMU, gid=_QEMU)
@@ -178,7 +181,8 @@ def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None
 
 
 def _delete_ours(ifindex: int, pod: Pod) -> None:
-    link = find_link(pod.route, ifindex=ifindex)
+    # An intent from before the link was made may have none.
+    link = find_link(pod.route, ifindex=ifindex) if ifindex else None
     if link is not None and link.ours:
         delete_link(pod.route, ifindex)
 
@@ -224,7 +228,7 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
     with inside(pod.netns):
         unsilenced = unsilenced_by(link.ifindex, link.name)
         unguarded = unguarded_by(link.ifindex, link.name, guard)
-    mac = guard and guard.mac
+    mac = None if guard is None else guard.mac
     unshaped = unshaped_by(pod.route, link.ifindex, link.mtu, entry.bandwidth, mac)
     compared = [
         ("kind", "macvtap", link.kind),

@@ -46,9 +46,11 @@ def config(nic: Nic, pod: str, cni: Cni) -> dict[str, object]:
     require("nft")
     config = network_config(nic, mac=MAC)
     config["prevResult"] = cni("ADD", config, NETNS=pod).result
+    table = f"extbridge_{show_link('net1', pod)['ifindex']}"
     assert leftovers(pod, cni.run_dir) == [
         "net1",
-        f"inet extbridge_{show_link('net1', pod)['ifindex']}",
+        f"inet {table}",
+        f"netdev {table}",
         "container-1",
         "container-1/net1.json",
     ]
@@ -276,7 +278,7 @@ def test_second_attachment_of_the_container_survives(
     if not ledger:
         shutil.rmtree(cni.run_dir)
     delete(cni, config, pod)
-    left = ["net2", f"inet extbridge_{ifindex}"]
+    left = ["net2", f"inet extbridge_{ifindex}", f"netdev extbridge_{ifindex}"]
     assert leftovers(pod, cni.run_dir) == (
         [*left, "container-1", "container-1/net2.json"] if ledger else left
     )

@@ -165,6 +165,23 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
     )
 
 
+def create_ifb(route: Netlink, ifindex: int, name: str, *, mtu: int) -> None:
+    """Make an ifb of ours in the namespace of `route`: one message, DOWN, one queue."""
+    payload = (
+        _IFINFO.pack(0, 0, ifindex, 0, 0)
+        + text(_IFLA_IFNAME, name)
+        + u32(_IFLA_MTU, mtu)
+        + u32(_IFLA_GROUP, GROUP)
+        + nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "ifb"))
+    )
+    route.request(
+        _RTM_NEWLINK,
+        payload,
+        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+        what=f"RTM_NEWLINK {name} (ifb)",
+    )
+
+
 def set_up(route: Netlink, ifindex: int, *, alias: str) -> None:
     """Set the link UP and its alias. EADDRINUSE, or EBUSY on older kernels: its MAC is taken."""
     payload = _IFINFO.pack(0, 0, ifindex, _IFF_UP, _IFF_UP) + text(_IFLA_IFALIAS, alias)
