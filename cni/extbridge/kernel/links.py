@@ -16,9 +16,9 @@ from extbridge.kernel.netlink import Netlink, attribute, nested, text, u32
 from extbridge.network.definition import Mode
 
 GROUP: Final = 0x65787462
-"""The link group of every macvtap of ours: "extb"."""
+"""The link group of every link of ours: "extb"."""
 
-FIRST_IFINDEX: Final = 0x40000000
+FIRST_IFINDEX: Final = 0x60000000
 LAST_IFINDEX: Final = 0x7FFFFFFF
 """The kernel counts its own from 1, in each namespace anew; it does not come here by itself."""
 
@@ -137,6 +137,23 @@ def create_macvtap(route: Netlink, wanted: Macvtap, netns: int) -> None:
         payload,
         flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
         what=f"RTM_NEWLINK {wanted.name} ({wanted.mode} on ifindex {wanted.lower})",
+    )
+
+
+def create_ifb(route: Netlink, ifindex: int, name: str, *, mtu: int) -> None:
+    """Make an ifb of ours in the namespace of `route`: one message, DOWN, one queue."""
+    payload = (
+        _IFINFO.pack(0, 0, ifindex, 0, 0)
+        + text(_IFLA_IFNAME, name)
+        + u32(_IFLA_MTU, mtu)
+        + u32(_IFLA_GROUP, GROUP)
+        + nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "ifb"))
+    )
+    route.request(
+        _RTM_NEWLINK,
+        payload,
+        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+        what=f"RTM_NEWLINK {name} (ifb)",
     )
 
 
