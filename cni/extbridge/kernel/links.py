@@ -19,7 +19,7 @@ from extbridge.kernel.netlink import Netlink, attribute, nested, text, u32
 from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX, Mode
 
 GROUP: Final = 0x65787462
-"""The link group of every macvtap of ours: "extb"."""
+"""The link group of every link of ours: "extb"."""
 
 _RTM_NEWLINK = 16
 _RTM_DELLINK = 17
