@@ -2,8 +2,8 @@
 
 One folder a container, one file an attachment: `ledger/<container ID>/<interface>.intent`, written
 before the kernel is touched, and renamed to `.json` when all is done; an intent that is found later
-is the trace of an ADD that was killed. Files are replaced by rename, so a reader sees the old or
-the new one. They are not synced to disk: what they speak of does not outlive the kernel
+is the trace of an ADD that was killed. All that changes a file is a rename, so a reader sees what
+it was or what it has become. They are not synced to disk: what they speak of does not outlive the kernel
 either, and /run is memory.
 
 The folder is the lock: whoever changes a container's attachments holds a flock on it. It is the
@@ -127,7 +127,8 @@ class Held:
             if suffix not in (_INTENT, _DONE) or _read(name, self._folder) is not None:
                 continue
             if of == ifname or not isinstance(_load(name, self._folder), dict):
-                self.remove(of)
+                with self._forgetting(of):
+                    os.unlink(name, dir_fd=self._folder)
 
     def write(self, entry: Entry) -> None:
         """Add or replace the entry, at once or not at all."""
@@ -141,9 +142,13 @@ class Held:
         with _our_failure(f"the ledger could not record {entry.ifname} of {self._container_id}"):
             try:
                 file = os.open(draft, _CREATE, 0o600, dir_fd=self._folder)
-                # Unbuffered: what Python asks the kernel of a file besides is half of its cost.
-                with open(file, "wb", buffering=0) as written:
-                    written.write(json.dumps(stored).encode())
+                try:
+                    # What Python's files ask the kernel besides is half of their cost.
+                    record = json.dumps(stored).encode()
+                    if os.write(file, record) < len(record):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                finally:
+                    os.close(file)
                 self._rename(draft, f"{entry.ifname}{_DONE if entry.done else _INTENT}")
             except BaseException:
                 with suppress(OSError):
@@ -158,10 +163,17 @@ class Held:
 
     def remove(self, ifname: str) -> None:
         """Remove the entry, if there is one."""
-        with _our_failure(f"the ledger could not forget {ifname} of {self._container_id}"):
-            for suffix in (_INTENT, _DONE):
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{ifname}{suffix}", dir_fd=self._folder)
+        for suffix in (_INTENT, _DONE):
+            with self._forgetting(ifname):
+                os.unlink(f"{ifname}{suffix}", dir_fd=self._folder)
+
+    @contextmanager
+    def _forgetting(self, ifname: str) -> Iterator[None]:
+        with (
+            _our_failure(f"the ledger could not forget {ifname} of {self._container_id}"),
+            suppress(FileNotFoundError),
+        ):
+            yield
 
     def _rename(self, old: str, new: str) -> None:
         os.rename(old, new, src_dir_fd=self._folder, dst_dir_fd=self._folder)
@@ -247,9 +259,18 @@ class Ledger:
 
 
 def _entries(folder: int) -> list[Entry]:
-    names = sorted(name for name in os.listdir(folder) if name.endswith((_INTENT, _DONE)))
-    read = (_read(name, folder) for name in names)
-    return [entry for entry in read if entry is not None]
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        ifname, suffix = os.path.splitext(name)
+        if suffix not in (_INTENT, _DONE):
+            continue
+        entry = _read(name, folder)
+        if entry is None and suffix == _INTENT:
+            # It may have become done since the names were read.
+            entry = _read(f"{ifname}{_DONE}", folder)
+        if entry is not None:
+            found[ifname] = entry
+    return list(found.values())
 
 
 def _read(name: str, folder: int) -> Entry | None:

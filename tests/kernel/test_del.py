@@ -263,7 +263,7 @@ def test_same_mac_elsewhere_survives(
     delete(cni, config, pod)
     assert [*macvtaps(pod), *tables(pod)] == []
     assert macvtaps(other) == ["net1"]
-    assert len(tables(other)) == 1
+    assert len(tables(other)) == 2
     assert ledger_of(cni.run_dir) == (["container-2", "container-2/net1.json"] if ledger else [])
 
 

@@ -21,7 +21,6 @@ import pytest
 
 from extbridge.demo.lab import Lab, Nic, run, within
 from extbridge.kernel.links import (
-    FIRST_IFINDEX,
     GROUP,
     Macvtap,
     create_macvtap,
@@ -33,7 +32,7 @@ from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.shaper import shape, unshape_absent, unshaped_by
 from extbridge.kernel.silence import silence, unsilence_absent
 from extbridge.kernel.taps import open_tap
-from extbridge.network.definition import Bandwidth, Mode
+from extbridge.network.definition import FIRST_IFINDEX, Bandwidth, Mode
 from tests.kernel.observe import frame, link_names, packed
 from tests.support import require
 

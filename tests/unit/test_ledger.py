@@ -56,6 +56,15 @@ with ledger.hold(ENTRY.container_id) as held:
         held.write(replace(ENTRY, mtu=round, pod="long" * 1000 * (round % 2)))
 """
 
+# Attachments come and none goes, as in ADDs.
+ADDER = """
+with ledger.hold(ENTRY.container_id) as held:
+    for number in range(300):
+        entry = replace(ENTRY, ifname=f"net{number}")
+        held.write(entry)
+        held.finish(entry)
+"""
+
 # The counter is read and written in two steps that only the lock makes one.
 COUNTER = """
 counter = Path(sys.argv[1], "counter")
@@ -124,6 +133,29 @@ def test_reader_sees_the_old_or_the_new_entry(ledger: Ledger, run_dir: Path) -> 
     assert writer.returncode == 0
     assert len(seen) > 1
     assert ledger.of("container-1")[0].mtu == 999
+
+
+def test_reader_misses_none_that_is_just_done(ledger: Ledger, run_dir: Path) -> None:
+    """What has been seen once is seen again, also while it turns from an intent to done."""
+    (run_dir / "ledger/container-1").mkdir(parents=True)
+    with started(ADDER, run_dir) as adder:
+        seen: set[str] = set()
+        while adder.poll() is None:
+            now = {entry.ifname for entry in ledger.of("container-1")}
+            assert seen - now == set()
+            seen = now
+    assert adder.returncode == 0
+    assert [entry.done for entry in ledger.of("container-1")] == [True] * 300
+
+
+def test_garbage_takes_nothing_with_it(ledger: Ledger, run_dir: Path) -> None:
+    """To sweep away what an interrupted write left of an interface keeps the interface's entry."""
+    with ledger.hold("container-1") as held:
+        held.write(replace(ENTRY, done=True))
+        (run_dir / "ledger/container-1/net1.intent").touch()
+        held.sweep("other")
+        assert [entry.ifname for entry in held.entries()] == ["net1"]
+    assert os.listdir(run_dir / "ledger/container-1") == ["net1.json"]
 
 
 def test_lock_holds_between_processes(run_dir: Path) -> None:
