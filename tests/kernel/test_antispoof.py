@@ -774,6 +774,7 @@ def test_guard_is_whole_as_it_was_made(lab: Lab, nic: Nic, pod: str, guard: Guar
 
 def test_no_guard_is_no_table(lab: Lab, nic: Nic, pod: str) -> None:
     """Where none was asked for, none is there, and one that is asked for is missed."""
+    require("nft")
     with attached(lab, nic, pod, None) as guest:
         assert tables(pod) == [f"inet extbridge_{guest.ifindex}"]
         with within(pod):
@@ -836,6 +837,7 @@ def test_want_of_any_rule_is_noticed(lab: Lab, nic: Nic, pod: str, guard: Guard)
 
 def test_rules_go_with_their_link(lab: Lab, nic: Nic, pod: str) -> None:
     """Once a link is gone nothing is left of its tables, and those of others stay."""
+    require("nft")
     with attached(lab, nic, pod, BY_IP) as guest:
         assert len(tables(pod)) == 2
         with within(pod), Netlink(NETLINK_ROUTE) as route:
