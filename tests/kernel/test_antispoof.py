@@ -245,6 +245,9 @@ HONEST: Kinds = {
     "IPv4 UDP": lambda r: ipv4(r, UDP, some_udp(r)),
     "IPv4 TCP": lambda r: ipv4(r, TCP, some_tcp(r)),
     "IPv4 others": lambda r: ipv4(r, r.choice([ICMP, SCTP, ESP]), r.randbytes(r.randrange(300))),
+    "port of a DHCP server that is none": lambda r: r.choice(
+        [ipv4(r, TCP, udp(r, 67, 68)), ipv6(r, TCP, udp(r, 547, 546))]
+    ),
     "IPv4 options": lambda r: ipv4(r, UDP, some_udp(r), options=bytes(4 * r.randrange(1, 11))),
     "IPv4 first fragment": lambda r: ipv4(r, UDP, some_udp(r), fragment=0x2000),
     # It begins as a DHCP offer would.
@@ -267,16 +270,20 @@ HONEST: Kinds = {
         r, *behind(r, ICMPV6, some_echo(r), *some_headers(r))
     ),
     "IPv6 first fragment": lambda r: ipv6(r, *behind(r, UDP, some_udp(r), FRAGMENT, fragment=1)),
-    # They begin as what a first one may not.
-    "IPv6 later fragment": lambda r: ipv6(
-        r,
-        *behind(
+    # They begin as what a first one may not, and so do their Ethernet headers, in which nftables
+    # would look for it (ipv6_find_hdr tells no offset).
+    "IPv6 later fragment": lambda r: (
+        r.choice([BROADCAST, b"\x02\x23", b"\x86\0"]).ljust(6, b"\0")
+        + ipv6(
             r,
-            *r.choice([(UDP, udp(r, 547, 546)), (ICMPV6, ra(r))]),
-            *r.choice([[], some_extensions(r)]),
-            FRAGMENT,
-            fragment=r.randrange(1, 0x2000) << 3 | r.randrange(2),
-        ),
+            *behind(
+                r,
+                *r.choice([(UDP, udp(r, 547, 546)), (ICMPV6, ra(r))]),
+                *r.choice([[], some_extensions(r)]),
+                FRAGMENT,
+                fragment=r.randrange(1, 0x2000) << 3 | r.randrange(2),
+            ),
+        )[6:]
     ),
     "RS": lambda r: ipv6(r, ICMPV6, rs(), source=r.choice([LINK_LOCAL, NOWHERE6])),
     "RS with its address": lambda r: ipv6(r, ICMPV6, rs(option(SLLA, OWN)), source=LINK_LOCAL),
@@ -499,7 +506,13 @@ LONG_HONEST: Kinds = {
     ),
     "IPv6 later fragment": lambda r: ipv6(
         r,
-        *behind(r, UDP, r.randbytes(LONG), FRAGMENT, fragment=r.randrange(1, 0x2000) << 3),
+        *behind(
+            r,
+            UDP,
+            udp(r, 547, 546) + r.randbytes(LONG),
+            FRAGMENT,
+            fragment=r.randrange(1, 0x2000) << 3,
+        ),
     ),
 }
 
@@ -646,13 +659,14 @@ def test_honest_frames_arrive(lab: Lab, nic: Nic, pod: str, guard: Guard) -> Non
             assert not any(spoof_drops(guest.ifindex).values())
 
 
-def test_what_lies_beyond_the_first_piece_is_judged_too(lab: Lab) -> None:
+@both_guards
+def test_what_lies_beyond_the_first_piece_is_judged_too(lab: Lab, guard: Guard) -> None:
     """Of long frames, of which the sender chooses what the kernel has at hand, the same holds.
 
     There nftables itself takes a next header of the frame before for this one's (ipv6_find_hdr).
     """
     nic, pod = lab.nic(mtu=9000), lab.pod("vm")
-    with attached(lab, nic, pod, BY_MAC) as guest:
+    with attached(lab, nic, pod, guard) as guest:
         for kind, frames in frames_of(LONG_SPOOFED, 200):
             assert passed(guest, after_innocent(frames)) == [INNOCENT] * len(frames), kind
         for kind, frames in frames_of(LONG_HONEST, 200):
@@ -760,6 +774,7 @@ def test_guard_is_whole_as_it_was_made(lab: Lab, nic: Nic, pod: str, guard: Guar
 
 def test_no_guard_is_no_table(lab: Lab, nic: Nic, pod: str) -> None:
     """Where none was asked for, none is there, and one that is asked for is missed."""
+    require("nft")
     with attached(lab, nic, pod, None) as guest:
         assert tables(pod) == [f"inet extbridge_{guest.ifindex}"]
         with within(pod):
@@ -822,6 +837,7 @@ def test_want_of_any_rule_is_noticed(lab: Lab, nic: Nic, pod: str, guard: Guard)
 
 def test_rules_go_with_their_link(lab: Lab, nic: Nic, pod: str) -> None:
     """Once a link is gone nothing is left of its tables, and those of others stay."""
+    require("nft")
     with attached(lab, nic, pod, BY_IP) as guest:
         assert len(tables(pod)) == 2
         with within(pod), Netlink(NETLINK_ROUTE) as route:

@@ -4,14 +4,15 @@ Guest transmit is the macvtap's egress hook, guest receive its ingress hook. The
 itself, so whoever holds a tap fd and changes the link's by SIOCSIFHWADDR gains nothing.
 
 A load of what is not there ends its rule without a match (nft_payload_eval, NFT_BREAK). So rules
-say what passes, and each chain ends in a drop: a truncated frame is never taken for a good one.
-A VLAN tag does not pass, for the guest is on an access port: what is inside would need all of this
-once more, further behind.
+say what passes, and what none lets pass is dropped: a truncated frame is never taken for a good
+one. A VLAN tag does not pass, for the guest is on an access port: what is inside would need all of
+this once more, further behind.
 
 What `ipv6_find_hdr` says (meta l4proto, exthdr) is believed only of frames that lie in one piece:
 it reads the first next header without asking whether that is in the skb's linear part, and of a
-frame of a page and more the sender chooses how much is (tap_get_user, hdr_len). Beyond, the headers
-are read where they stand: the fixed header, and a fragment header behind it.
+frame of a page and more the sender chooses how much is (tap_get_user, hdr_len). Of others the
+headers are read where they stand, the fixed one and a fragment's behind it; long frames with
+further extension headers do not pass.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ _ICMPV6_TYPE = load_payload(_TRANSPORT, 0, 1)
 _ND_TYPE = load_payload(_NETWORK, 40, 1)
 _ND_TARGET = load_payload(_NETWORK, 48, 16)
 
-# So short a frame lies in one piece (tap_alloc_skb). The length is in host byte order.
+# So short a frame lies in one piece (tap_alloc_skb), unless vhost-net was told to try zero copy
+# (experimental_zcopytx). The length is in host byte order.
 _IN_ONE_PIECE = load_meta(_META_LEN) + mask(struct.pack("=I", (1 << 32) - 2048)) + equal(bytes(4))
 
 _ACCEPT = accept()
@@ -144,7 +146,8 @@ _FRAGMENTED = _IPV6_NEXT + equal(_FRAGMENT)
 _FRAGMENTED_NEXT = load_payload(_NETWORK, 40, 1)
 
 _FROM_IPV6 = (
-    # What is no extension header, UDP or ICMPv6. 59, no next header, is caught with its neighbours.
+    # What is no extension header, UDP or ICMPv6. 59, no next header, is left to a later rule with
+    # its neighbours; behind an authentication header nobody looks who does not share the key.
     rule(
         _IPV6_NEXT,
         unequal(_HOP_BY_HOP),
