@@ -1,4 +1,4 @@
-"""Links: the NIC below, the macvtap above.
+"""Links: the NIC below, the macvtap above, an ifb beside it (see shaper).
 
 Messages: linux/rtnetlink.h, linux/if_link.h. What marks a macvtap as ours is what can be given in
 the one message that creates it: its group and the range of its ifindex.

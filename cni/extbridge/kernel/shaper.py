@@ -78,9 +78,8 @@ _TCMSG = struct.Struct("=BxxxiIII")
 # struct tc_tbf_qopt, of its two tc_ratespec only what says something.
 _TBF_PARMS = struct.Struct("=xB6xI8xIIII")
 _MIRRED_PARMS = struct.Struct("=IIiiiiI")
-# struct tc_u32_sel, tc_u32_key; mask and value are in network byte order.
+# struct tc_u32_sel, of which only flags and number of keys say something.
 _U32_SEL = struct.Struct("=BxB13x")
-_U32_KEY = struct.Struct(">II")
 
 _U32_MAX = 0xFFFFFFFF
 
@@ -142,7 +141,8 @@ def shape(route: Netlink, ifindex: int, mtu: int, bandwidth: Bandwidth, mac: str
     """Limit the macvtap, which is DOWN still; the thread stands in its namespace, as `route` does.
 
     With `mac`, frames for other unicast MACs go past the limit, to the rules that drop them; None
-    says that there are no such rules. `mtu` in bytes is that of the macvtap.
+    says that there are no such rules. `mtu` in bytes is that of the macvtap. Raises OSError, which
+    names what was to be made, and so what a kernel lacks.
 
     Undone by whoever deletes the macvtap: its qdiscs go with it, `unshape_absent` takes the ifb.
     """
@@ -295,6 +295,7 @@ def _selectors(mac: str | None) -> list[bytes]:
 
 
 def _selector(*keys: tuple[bytes, bytes, int]) -> bytes:
+    """From keys of mask, value and offset (struct tc_u32_key); all of them have to match."""
     packed = (mask + value + struct.pack("=ii", at, 0) for mask, value, at in keys)
     return _U32_SEL.pack(_TC_U32_TERMINAL, len(keys)) + b"".join(packed)
 
