@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -38,7 +38,14 @@ from extbridge.kernel.taps import give_node, has_node, unused_ifindex
 from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Antispoof, Handoff, Mode
 from extbridge.nics import holders_of
-from extbridge.spec.errors import InvalidNetworkConfig, MacInUse, NameTaken, NicBusy, TryAgainLater
+from extbridge.spec.errors import (
+    InvalidNetworkConfig,
+    KernelRefused,
+    MacInUse,
+    NameTaken,
+    NicBusy,
+    TryAgainLater,
+)
 from extbridge.spec.request import find_name_fault
 
 _INDEX_TRIES: Final = 3
@@ -48,6 +55,15 @@ _CLEANUP_SECONDS: Final = 2.0
 """How long a namespace may take to end after its last user has gone (cleanup_net)."""
 
 _ALIAS: Final = "extbridge"
+
+_HOOKS: Final = (
+    "antispoof needs Linux 5.16 or later with CONFIG_NETFILTER_EGRESS and nf_tables; antispoof: off"
+    " does without"
+)
+_BUCKETS: Final = (
+    "bandwidth needs the kernel's sch_tbf, and for what a guest receives ifb, sch_ingress, cls_u32"
+    " and act_mirred: load them, or leave bandwidth out"
+)
 
 _QEMU: Final = 107
 """The user and group that KubeVirt's QEMU runs as."""
@@ -103,28 +119,37 @@ def attach(
     """
     if draft.ifindex and has_node(draft.ifindex):
         raise _device_taken(draft, ledger)
+    # Of what the plugin has not given yet there is nothing to release.
+    entry = replace(draft, delegation=None)
+
+    def intend(intended: Entry) -> None:
+        nonlocal entry
+        entry = intended
+        held.write(entry)
+
+    def unmake() -> None:
+        detach(entry, held=held, pod=pod, host_process=host_process)
+
     with ExitStack() as undo:
-        with ExitStack() as unaddressed:
-            unaddressed.callback(held.remove, draft.ifname)
-            if draft.delegation is not None:
-                held.write(draft)
-                delegation = parse_delegation(draft.delegation)
-                draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
-            unaddressed.pop_all()
-        undo.callback(_forget, draft, held, host_process)
-        entry, lower = _made(draft, lowers, ledger=ledger, held=held, host=host, pod=pod)
         undo.callback(sweep, pod)
-        undo.callback(_delete_ours, entry.ifindex, pod)
+        undo.callback(unmake)
+        if draft.delegation is not None:
+            held.write(draft)
+            delegation = parse_delegation(draft.delegation)
+            draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
+            intend(draft)
+        lower = _made(draft, lowers, ledger=ledger, intend=intend, host=host, netns=pod.netns)
         if entry.mode == Mode.PASSTHRU:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
             # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
         guard = _guard(entry)
-        with inside(pod.netns):
+        with inside(pod.netns), _needing(_HOOKS if guard is not None else ""):
             silence(entry.ifindex, entry.ifname, guard)
         if entry.bandwidth is not None:
             mac = None if guard is None else guard.mac
-            shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
+            with _needing(_BUCKETS):
+                shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
         if entry.handoff == Handoff.DEVICE:
             give_node(entry.ifindex, uid=_QEMU, gid=_QEMU)
         try:
@@ -146,11 +171,16 @@ def detach(entry: Entry, *, held: Held, pod: Pod | None, host_process: int | Non
     nothing any more without it, is `sweep`'s.
     """
     if pod is not None:
-        _delete_ours(entry.ifindex, pod)
+        # An intent from before there was a link has none.
+        link = find_link(pod.route, ifindex=entry.ifindex) if entry.ifindex else None
+        if link is not None and link.ours:
+            delete_link(pod.route, link.ifindex)
     elif entry.delegation is not None:
         # IPAM plugins refuse a path that leads nowhere, or to the node's own namespace by now.
         entry = replace(entry, delegation={**entry.delegation, "netns": ""})
-    _forget(entry, held, host_process)
+    if entry.delegation is not None:
+        ipam_del(parse_delegation(entry.delegation), host_process=host_process)
+    held.remove(entry.ifname)
 
 
 def sweep(pod: Pod) -> None:
@@ -178,19 +208,6 @@ def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None
         with opened_pod(netns) as pod:
             detach(entry, held=held, pod=pod, host_process=host_process)
             sweep(pod)
-
-
-def _delete_ours(ifindex: int, pod: Pod) -> None:
-    # An intent from before the link was made may have none.
-    link = find_link(pod.route, ifindex=ifindex) if ifindex else None
-    if link is not None and link.ours:
-        delete_link(pod.route, ifindex)
-
-
-def _forget(entry: Entry, held: Held, host_process: int | None) -> None:
-    if entry.delegation is not None:
-        ipam_del(parse_delegation(entry.delegation), host_process=host_process)
-    held.remove(entry.ifname)
 
 
 def _ends(entry: Entry) -> bool:
@@ -275,24 +292,35 @@ def _made(
     lowers: Sequence[Link],
     *,
     ledger: Ledger,
-    held: Held,
+    intend: Callable[[Entry], None],
     host: Netlink,
-    pod: Pod,
-) -> tuple[Entry, Link]:
-    """The entry whose link is there now, DOWN, and the NIC that it is on."""
+    netns: int,
+) -> Link:
+    """Make the link, DOWN as yet; the answer is the NIC that it is on.
+
+    Each attempt is told to `intend` before it is made, so that it can be undone.
+    """
     *others, last = lowers
     for lower in others:
         try:
-            return _made_on(lower, draft, ledger=ledger, held=held, host=host, pod=pod), lower
+            _make_on(lower, draft, ledger=ledger, intend=intend, host=host, netns=netns)
+            return lower
         except NicBusy:
             # Somebody has taken it meanwhile, or is on it whom the ledger does not know.
             continue
-    return _made_on(last, draft, ledger=ledger, held=held, host=host, pod=pod), last
+    _make_on(last, draft, ledger=ledger, intend=intend, host=host, netns=netns)
+    return last
 
 
-def _made_on(
-    lower: Link, draft: Entry, *, ledger: Ledger, held: Held, host: Netlink, pod: Pod
-) -> Entry:
+def _make_on(
+    lower: Link,
+    draft: Entry,
+    *,
+    ledger: Ledger,
+    intend: Callable[[Entry], None],
+    host: Netlink,
+    netns: int,
+) -> None:
     tries = 1 if draft.ifindex else _INDEX_TRIES
     while True:
         entry = replace(
@@ -302,7 +330,7 @@ def _made_on(
             lower_ifindex=lower.ifindex,
             mtu=draft.mtu or lower.mtu,
         )
-        held.write(entry)
+        intend(entry)
         try:
             create_macvtap(
                 host,
@@ -315,9 +343,9 @@ def _made_on(
                     mtu=entry.mtu,
                     queues=entry.queues,
                 ),
-                pod.netns,
+                netns,
             )
-            return entry
+            return
         except OSError as error:
             tries -= 1
             if error.errno == errno.EINVAL or (error.errno == errno.EBUSY and tries == 0):
@@ -326,6 +354,17 @@ def _made_on(
             # name that somebody has just taken.
             if error.errno not in (errno.EEXIST, errno.EBUSY) or tries == 0:
                 raise
+
+
+@contextmanager
+def _needing(hint: str) -> Iterator[None]:
+    """Say what to do where the kernel does not know what it is asked for."""
+    try:
+        yield
+    except OSError as error:
+        if hint and error.errno in (errno.EOPNOTSUPP, errno.ENOENT):
+            raise KernelRefused(error.strerror or str(error), hint) from error
+        raise
 
 
 def _guard(entry: Entry) -> Guard | None:

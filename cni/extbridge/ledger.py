@@ -3,8 +3,8 @@
 One folder a container, one file an attachment: `ledger/<container ID>/<interface>.intent`, written
 before the kernel is touched, and renamed to `.json` when all is done; an intent that is found later
 is the trace of an ADD that was killed. All that changes a file is a rename, so a reader sees what
-it was or what it has become. They are not synced to disk: what they speak of does not outlive the kernel
-either, and /run is memory.
+it was or what it has become. They are not synced to disk: what they speak of does not outlive the
+kernel either, and /run is memory.
 
 The folder is the lock: whoever changes a container's attachments holds a flock on it. It is the
 container's and not the attachment's because two ADDs in one namespace must not choose the same

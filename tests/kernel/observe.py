@@ -44,9 +44,12 @@ def link_names(netns: str = "") -> set[str]:
 
 def macvtaps(netns: str) -> list[str]:
     """The names of the namespace's macvtaps."""
-    listed = json.loads(run("ip", "-json", "link", "show", "type", "macvtap", netns=netns))
-    # iproute2 shows those of other types as empty objects.
-    return sorted(link["ifname"] for link in listed if link)
+    return _links_of_type("macvtap", netns)
+
+
+def ifbs(netns: str) -> list[str]:
+    """The names of the namespace's ifbs, over which limited guests receive."""
+    return _links_of_type("ifb", netns)
 
 
 def tables(netns: str) -> list[str]:
@@ -63,7 +66,7 @@ def ledger_of(run_dir: Path) -> list[str]:
 
 def leftovers(pod: str, run_dir: Path) -> list[str]:
     """What there is of attachments in the pod and in the ledger."""
-    return [*macvtaps(pod), *tables(pod), *ledger_of(run_dir)]
+    return [*macvtaps(pod), *ifbs(pod), *tables(pod), *ledger_of(run_dir)]
 
 
 def picture(run_dir: Path, *pods: str) -> list[object]:
@@ -93,3 +96,9 @@ def frame(to: str, sender: str, payload: bytes, ethertype: int = EXPERIMENTAL) -
 def packed(mac: str) -> bytes:
     """The six octets of an address."""
     return bytes.fromhex(mac.replace(":", ""))
+
+
+def _links_of_type(kind: str, netns: str) -> list[str]:
+    listed = json.loads(run("ip", "-json", "link", "show", "type", kind, netns=netns))
+    # iproute2 shows those of other types as empty objects.
+    return sorted(link["ifname"] for link in listed if link)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
-from tests.kernel.observe import network_config, show_link
+from tests.kernel.observe import ifbs, network_config, show_link
 from tests.support import Answer, Cni
 
 MAC = "52:54:00:ab:cd:ef"
@@ -31,7 +31,13 @@ class Attached:
 @pytest.fixture
 def attached(cni: Cni, nic: Nic, pod: str) -> Attached:
     """An attachment as ADD makes it."""
-    config = network_config(nic, mac=MAC, queues=2)
+    limits = {
+        "ingressRate": 10**7,
+        "ingressBurst": 10**6,
+        "egressRate": 10**7,
+        "egressBurst": 10**6,
+    }
+    config = network_config(nic, mac=MAC, queues=2, bandwidth=limits)
     config["prevResult"] = cni("ADD", config, NETNS=pod).result
     return Attached(config, nic, pod, show_link("net1", pod)["ifindex"])
 
@@ -66,6 +72,19 @@ def test_check_passes_what_add_made(
             "nft insert rule inet extbridge_{ifindex} hears accept",
             "chain hears, does not drop",
         ),
+        (
+            "nft delete table netdev extbridge_{ifindex}",
+            "antispoof is 'nftables table netdev extbridge_{ifindex} differs in chain",
+        ),
+        ("nft flush chain netdev extbridge_{ifindex} ipv4", "differs in chain ipv4'"),
+        ("nft insert rule netdev extbridge_{ifindex} source accept", "differs in chain source'"),
+        ("tc qdisc delete dev net1 root", "what it sends is not limited as asked: "),
+        (
+            "tc qdisc replace dev net1 root tbf rate 1gbit burst 1mb latency 25ms",
+            "what it sends is not limited as asked: tbf has rate 125000000",
+        ),
+        ("tc qdisc delete dev net1 ingress", "what it receives is not limited as asked: "),
+        ("ip link delete {ifb}", "what it receives is not limited as asked: there is no ifb"),
     ],
     ids=lambda value: value if " " in value else None,
 )
@@ -73,7 +92,8 @@ def test_check_names_what_differs_in_the_pod(
     cni: Cni, attached: Attached, change: str, told: str
 ) -> None:
     """CHECK fails for any one thing that is not as ADD made it, and says which."""
-    run(*change.format(ifindex=attached.ifindex).split(), netns=attached.pod)
+    [ifb] = ifbs(attached.pod)
+    run(*change.format(ifindex=attached.ifindex, ifb=ifb).split(), netns=attached.pod)
     assert told.format(ifindex=attached.ifindex) in _difference(cni, attached)
 
 

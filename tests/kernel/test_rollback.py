@@ -65,7 +65,10 @@ def places(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[Place]:
-    """Places for runs side by side; one NIC changes its MAC, in one the pod gets two."""
+    """Places for runs side by side; one NIC changes its MAC, in one the pod gets two.
+
+    The one has addresses, a limit and whatever else is laid on a link.
+    """
     require("strace")
     require("nft")
     # So that each run makes the same calls.
@@ -76,7 +79,7 @@ def places(
         nic = lab.nic()
         ledger = run_dir / str(number) / "ledger"
         ledger.mkdir(parents=True)
-        macs, config = {MACS[0]}, network_config(nic, request.param, mac=MACS[0])
+        macs, config = {MACS[0]}, with_every_policy(nic)
         if request.param == "chained":
             folder = tmp_path / str(number)
             folder.mkdir()
@@ -161,6 +164,24 @@ def test_del_that_is_killed(places: list[Place], tmp_path: Path) -> None:
     calls = [it for it in calls_of(places[0], "DEL", tmp_path) if it.name in CHANGING]
     assert len(calls) > 8
     side_by_side(kill, places, calls)
+
+
+def with_every_policy(nic: Nic) -> dict[str, object]:
+    """A NIC of which a guest has the whole, and is held to addresses and rates."""
+    limits = {
+        "ingressRate": 10**7,
+        "ingressBurst": 10**6,
+        "egressRate": 10**7,
+        "egressBurst": 10**6,
+    }
+    return network_config(
+        nic,
+        "passthru",
+        mac=MACS[0],
+        antispoof="ip",
+        bandwidth=limits,
+        runtimeConfig={"ips": ["192.0.2.7/24", "2001:db8::7/64"]},
+    )
 
 
 def two_nics(nic: Nic, folder: Path) -> dict[str, object]:
