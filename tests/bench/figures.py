@@ -100,10 +100,11 @@ def time_in_process(stage: Stage, samples: Samples, runs: int) -> None:
 
 def time_at_once(stage: Stage, samples: Samples, runs: int) -> None:
     """As many pods as a node has, all at once and one after the other."""
-    take = stage.pods(3 * PODS_OF_A_NODE)
+    take = stage.pods(4 * PODS_OF_A_NODE)
     jobs = [
         partial(_at_once, stage, samples, "macvlan", stage.macvlan),
         partial(_at_once, stage, samples, "extbridge", stage.shim),
+        partial(_at_once, stage, samples, "extbridge, all off", stage.unguarded),
         partial(_one_by_one, stage, samples, "extbridge", stage.shim),
     ]
     for _ in range(max(1, runs // 40)):

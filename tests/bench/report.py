@@ -40,15 +40,19 @@ def targets(samples: Samples) -> list[Target]:
             "ADD, of macvlan's (pairs)",
             _paired(samples["ADD extbridge"], samples["ADD macvlan"]), "≤", 0.8,
         ),
-        Target("… with antispoof off", _paired(all_off, samples["ADD macvlan"]), "≤", 0.7),
-        Target("… above its floors", median(all_off) - floors, "≤", 1.0, "ms"),
+        Target(
+            "ADD, antispoof off, of macvlan's (pairs)",
+            _paired(all_off, samples["ADD macvlan"]), "≤", 0.7,
+        ),
+        Target("… and above its floors", median(all_off) - floors, "≤", 1.0, "ms"),
         Target(
             "DEL, above the kernel's own",
             figures["DEL extbridge"] - figures["DEL kernel"], "≤", 2.0, "ms",
         ),
         Target(
-            f"{pods} ADDs at once, times as fast as macvlan's",
-            figures[f"{pods} ADDs at once macvlan"] / figures[f"{pods} ADDs at once extbridge"],
+            f"{pods} ADDs at once, antispoof off, times as fast as macvlan's",
+            figures[f"{pods} ADDs at once macvlan"]
+            / figures[f"{pods} ADDs at once extbridge, all off"],
             "≥", 2.0,
         ),
         Target(

@@ -7,7 +7,6 @@ an ifindex that no node bears yet, and every fd is asked whose it is before it i
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
@@ -18,6 +17,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from extbridge.kernel.links import Link
+from extbridge.kernel.mounts import detached_mount
 from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX
 from extbridge.spec.errors import WrongTap
 
@@ -31,17 +31,7 @@ _IFF_MULTI_QUEUE = 0x0100
 _IFREQ = struct.Struct("=16sH22x")
 _HARDWARE_ADDRESS = struct.Struct("=18x6s16x")
 
-# Numbers of the generic table, the same on every 64-bit architecture (asm-generic/unistd.h).
-_SYS_FSOPEN = 430
-_SYS_FSCONFIG = 431
-_SYS_FSMOUNT = 432
-_FSOPEN_CLOEXEC = 1
-_FSCONFIG_CMD_CREATE = 6
-_FSMOUNT_CLOEXEC = 1
-
 _VHOST_NET: Final = "vhost-net"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def unused_ifindex() -> int:
@@ -134,20 +124,7 @@ def _exists(name: str) -> bool:
 def _device_nodes() -> int:
     """A directory fd of the kernel's devtmpfs, whatever is mounted on this process's /dev.
 
-    A detached mount (fsmount(2), Linux 5.2): no path leads to it. It stays for the life of the
-    process, because to give it back takes as long as to make a macvtap.
+    It stays mounted for the life of the process, because to give it back takes as long as to make
+    a macvtap.
     """
-    context = _syscall("fsopen devtmpfs", _SYS_FSOPEN, b"devtmpfs", _FSOPEN_CLOEXEC)
-    try:
-        _syscall("fsconfig devtmpfs", _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _syscall("fsmount devtmpfs", _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
-    finally:
-        os.close(context)
-
-
-def _syscall(what: str, number: int, *arguments: object) -> int:
-    result: int = _libc.syscall(number, *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
-    return result
+    return detached_mount("devtmpfs")
