@@ -53,7 +53,7 @@ def test_many_attachments_at_once(lab: Lab, nic: Nic, cni: Cni) -> None:
     links = [show_link(it["IFNAME"], it["NETNS"]) for it in attachments]
     assert len({link["ifindex"] for link in links}) == 64
     assert len({link["address"] for link in links}) == 64
-    assert [len(tables(pod)) for pod in pods] == [4] * 16
+    assert [len(tables(pod)) for pod in pods] == [8] * 16
     assert len(ledger_of(cni.run_dir)) == 16 + 64
     deleted = at_once(cni, (Asked("DEL", config, it) for it in attachments))
     assert [answer.stdout for answer in deleted if answer.status] == []

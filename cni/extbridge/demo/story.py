@@ -171,8 +171,12 @@ def _play(console: Console, folder: Path) -> list[Claim]:
             Claim("bridge, relay off: a pings b", "0% lost", bridged.lost, bridged.rtt),
             Claim("bridge: frames at the switch", "0 in, 0 back", bridged.at_switch),
             *(
-                Claim(f"after ADD, DEL: {what}", "2, 0", f"{there[what]}, {left[what]}")
-                for what in there
+                Claim(
+                    f"after ADD, DEL: {what}",
+                    f"{number * len(scene.pods)}, 0",
+                    f"{there[what]}, {left[what]}",
+                )
+                for what, number in _EACH_HAS.items()
             ),
             Claim("after DEL: MAC of the NIC", scene.nic.mac, link["address"]),
         ]
@@ -282,6 +286,10 @@ def _ping(scene: _Scene, guest: Guest, how: str) -> _Ping:
 
 def _is_icmp(frame: Frame) -> bool:
     return frame.data[12:14] == b"\x08\x00" and frame.data[23] == 1
+
+
+_EACH_HAS: Final = {"links": 1, "nftables tables": 2, "ledger entries": 1, "/dev/tap nodes": 1}
+"""What an attachment is made of: a table keeps the pod out, and one the guest to its MAC."""
 
 
 def _traces(scene: _Scene, ifindexes: list[int]) -> dict[str, int]:
