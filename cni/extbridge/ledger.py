@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,9 @@ _DONE = ".json"
 _DRAFT = ".new"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+
+_TICK_NS: Final = 50_000_000
+"""More than the kernel's tick, by which it dates changes."""
 
 T = TypeVar("T")
 
@@ -180,10 +184,15 @@ class Held:
 
 
 class Ledger:
-    """The ledger under a run folder; the folder is made when the first entry is."""
+    """The ledger under a run folder; the folder is made when the first entry is.
+
+    What `entries` has read it remembers, by when the container's folder was last changed: a pool of
+    NICs is asked for with each ADD, and a node may have hundreds of attachments.
+    """
 
     def __init__(self, run: Path) -> None:
         self._folder = run / "ledger"
+        self._remembered: dict[str, tuple[int, list[Entry]]] = {}
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
@@ -224,8 +233,25 @@ class Ledger:
 
     def entries(self) -> Iterator[Entry]:
         """Every attachment of the node, without any lock: each as it is when it is read."""
-        for container_id in self.containers():
-            yield from self.of(container_id)
+        containers = self.containers()
+        for container_id in containers:
+            yield from self._entries_of(container_id)
+        for container_id in self._remembered.keys() - containers:
+            self._remembered.pop(container_id, None)
+
+    def _entries_of(self, container_id: str) -> list[Entry]:
+        try:
+            changed = os.stat(os.path.join(self._folder, container_id)).st_mtime_ns
+        except FileNotFoundError:
+            return []
+        remembered = self._remembered.get(container_id)
+        if remembered is not None and remembered[0] == changed:
+            return remembered[1]
+        entries = self.of(container_id)
+        # What changes within a tick of the clock has the same time (current_time); it is read anew.
+        if time.time_ns() - changed > _TICK_NS:
+            self._remembered[container_id] = (changed, entries)
+        return entries
 
     def containers(self) -> list[str]:
         """The containers that have a folder, be it empty."""

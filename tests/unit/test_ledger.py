@@ -148,6 +148,22 @@ def test_reader_misses_none_that_is_just_done(ledger: Ledger, run_dir: Path) -> 
     assert [entry.done for entry in ledger.of("container-1")] == [True] * 300
 
 
+def test_what_is_remembered_is_what_is_there(ledger: Ledger, run_dir: Path) -> None:
+    """However often and by whomever it is changed, the ledger is read as it is."""
+    other = Ledger(run_dir)
+    for number in range(30):
+        with other.hold("container-1") as held:
+            held.write(replace(ENTRY, mtu=number))
+        # By now and then long enough for it to be remembered.
+        if number % 10 == 9:
+            time.sleep(0.06)
+            assert [entry.mtu for entry in ledger.entries()] == [number]
+        assert [entry.mtu for entry in ledger.entries()] == [number]
+    with other.hold("container-1") as held:
+        held.remove(ENTRY.ifname)
+    assert list(ledger.entries()) == []
+
+
 def test_garbage_takes_nothing_with_it(ledger: Ledger, run_dir: Path) -> None:
     """To sweep away what an interrupted write left of an interface keeps the interface's entry."""
     with ledger.hold("container-1") as held:
