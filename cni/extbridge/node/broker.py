@@ -148,7 +148,7 @@ def hand_off(peer: Peer, request: wire.Request, ledger: Ledger) -> HandOff:
                     "the process that asks stands in the node's own network namespace",
                     "a hostNetwork pod has no NIC of its own; run the VM in a pod that has",
                 )
-            holder = Holder.of(peer.pid)
+            holder = _holder(peer)
             ifnames = tuple(filter(None, request.environ.get(IFNAMES_VARIABLE, "").split(",")))
             taps = owned.enter_context(take_taps(netns, holder, ledger=ledger, ifnames=ifnames))
         command = _command(request, _renumbered(taps))
@@ -175,6 +175,17 @@ def leases_of(ledger: Ledger) -> list[Lease]:
         else:
             os.close(pidfd)
     return found
+
+
+def _holder(peer: Peer) -> Holder:
+    try:
+        holder = Holder.of(peer.pid)
+    except ProcessLookupError as error:
+        raise _gone(peer.pid) from error
+    # As in peers_netns: the start time could have been a successor's.
+    if not peer.lives():
+        raise _gone(peer.pid)
+    return holder
 
 
 def _peer_pidfd(connection: socket.socket, pid: int) -> int | None:
