@@ -80,6 +80,7 @@ number = ctypes.c_int(first)
 arguments = struct.pack("=11Q", 0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(number), 1, 0)
 second = libc.syscall(435, arguments, len(arguments))
 if second == 0:
+    peer.close()
     signal.pause()
 assert second == first, os.strerror(ctypes.get_errno())
 print("reused", flush=True)
@@ -201,7 +202,9 @@ def test_link_that_claims_to_be_anothers_is_refused(
     alike = ("ifindex", "ifname", "address", "group", "ifalias")
     imitation = show_link("net2", evil)
     assert {key: imitation[key] for key in alike} == {key: model[key] for key in alike}
-    assert "does not know net2" in launcher.refusal(evil)
+    # Nor does it keep, or wait for, who works for that pod just now.
+    with Ledger(agent.run_dir).hold("container-2"):
+        assert "does not know net2" in launcher.refusal(evil)
     assert holders(agent) == {}
     run("ip", "link", "delete", "net2", netns=evil)
     assert launcher.printed(other, "{net2.mac}") == [SECOND_MAC]
@@ -244,8 +247,29 @@ def test_number_of_a_process_that_ended_is_worth_nothing(
     assert holders(agent) == {}
 
 
-def test_process_that_ended_unseen_gets_nothing(agent: Agent, lab: Lab, other: str) -> None:
+def test_older_kernels_will_do(
+    agent: Agent, shim: Cni, nic: Nic, other: str, launcher: Launcher
+) -> None:
+    """Before Linux 6.5 pods are attached and get their taps as well."""
+    agent.stop()
+    agent.wrapper = (sys.executable, "-c", WITHOUT_PEERPIDFD)
+    agent.start()
+    assert launcher.printed(other, "{net2.mac}") == [SECOND_MAC]
+    assert python(other, agent, "print(take_taps()[0].mac)") == f"{SECOND_MAC}\n"
+    config, attachment = network_config(nic), {"CONTAINERID": "container-2", "IFNAME": "net2"}
+    assert shim("DEL", config, NETNS=other, **attachment).status == 0
+    assert list(Ledger(agent.run_dir).entries()) == []
+
+
+@pytest.mark.parametrize("kernel", ["this", "before 6.5"])
+def test_process_that_ended_unseen_gets_nothing(
+    agent: Agent, lab: Lab, other: str, kernel: str
+) -> None:
     """Nor where the agent has not even seen the connection before its process ended."""
+    if kernel != "this":
+        agent.stop()
+        agent.wrapper = (sys.executable, "-c", WITHOUT_PEERPIDFD)
+        agent.start()
     os.kill(agent.pid, signal.SIGSTOP)
     with reusing(agent, lab.pod("evil"), other) as process:
         assert process.stdin is not None

@@ -23,13 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from extbridge.node import broker, wire
+from extbridge.node import wire
 from extbridge.node.answering import AnsweringThreads
-from extbridge.node.broker import HandOff, Lease, Peer
+from extbridge.node.broker import HandOff, Lease
 from extbridge.node.launchers import THREADS as HAND_OFF_THREADS
 from extbridge.node.launchers import Launchers
 from extbridge.node.leases import Leases
 from extbridge.node.metrics import Metrics
+from extbridge.node.peers import Peer, is_node_root
 from extbridge.node.reconcile import spooled
 from extbridge.node.refusals import Refusals
 from extbridge.node.scrape import accept_scrapers, serve_scraper
@@ -186,7 +187,7 @@ class Agent:
 
     def _serve_cni(self, peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
-            if not broker.is_node_root(peer):
+            if not is_node_root(peer):
                 self._refusals.add(
                     "caller", "cni.sock is for root in the node's own network namespace"
                 )

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
 
-from extbridge.node import broker, wire
-from extbridge.node.broker import HandOff, Peer
+from extbridge.node import wire
+from extbridge.node.broker import HandOff
 from extbridge.node.leases import Leases
 from extbridge.node.metrics import Metrics
+from extbridge.node.peers import Peer, netns_of, pinned_peer
 from extbridge.node.refusals import Crowded, Refusals
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError
@@ -92,11 +93,11 @@ class Launchers:
         with self._refusals.guarded(), ExitStack() as owned:
             owned.enter_context(connection)
             with self._refusing(connection):
-                process = owned.enter_context(broker.pinned_peer(connection))
+                process = owned.enter_context(pinned_peer(connection))
                 asking = _Asking(
                     connection,
                     process,
-                    broker.netns_of(process.pid),
+                    netns_of(process.pid),
                     wire.Receiving(connection, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0),
                 )
                 given = self._serve_at_once(asking)
