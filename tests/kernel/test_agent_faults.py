@@ -242,6 +242,7 @@ def test_nobody_is_waited_for(agent: Agent, shim: Cni, nic: Nic, pod: str) -> No
         until(lambda: agent.fds >= idle + 6)
         # What stays is the lease.
         until(lambda: agent.fds == idle + 1)
+    agent.counts({"handoffs_total": 0})
 
 
 # kill -9, at each of the calls by which a request changes anything.

@@ -54,20 +54,15 @@ class Peer:
         return not ended.poll(0)
 
 
-def peer_credentials(connection: socket.socket) -> tuple[int, int]:
-    """The (pid, uid) with which the other side connected (man 7 unix, SO_PEERCRED)."""
-    answer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _ = _UCRED.unpack(answer)
-    return pid, uid
-
-
 @contextmanager
 def pinned_peer(connection: socket.socket) -> Iterator[Peer]:
     """The process at the other end of the connection, for the length of the block.
 
     Raises NotPermitted where it cannot be seen or is gone.
     """
-    pid, uid = peer_credentials(connection)
+    # With which it connected (man 7 unix).
+    answer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(answer)
     if pid == 0:
         raise NotPermitted(
             "the process that asks stands outside of the agent's process namespace",
