@@ -31,11 +31,11 @@ from tests.support import Cni, require
 MAC = "52:54:00:00:00:01"
 
 # What a pod may do to tap.sock, over and over until its standard input ends; it says when it has
-# done so a hundred times.
+# done so often enough, and waits then, if it is to be still.
 HOSTILE = """
 import collections, ctypes, os, random, select, socket, sys, time
 from extbridge.node import wire
-kind, path, times = sys.argv[1:]
+kind, path, times, still = sys.argv[1:]
 null = os.open("/dev/null", os.O_RDONLY)
 held = collections.deque(maxlen=700)
 def framed(payload):
@@ -90,8 +90,21 @@ for number in range(1 << 20):
         pass
     if number == int(times):
         print("hostile", flush=True)
-    if number >= int(times) and select.select([sys.stdin], [], [], 0.001 if number else None)[0]:
+    if number >= int(times) and select.select([sys.stdin], [], [], None if still else 0.001)[0]:
         break
+"""
+
+# A launcher whose request does not come at once.
+SLOW = """
+import socket, sys, time
+from extbridge.node import wire
+payload = wire.encode_request(wire.TAPS, {}, wire.encode_strings(["true"]))
+with socket.socket(socket.AF_UNIX) as agent:
+    agent.connect(sys.argv[1])
+    agent.sendall(wire.frame_head(payload))
+    time.sleep(0.05)
+    agent.sendall(payload)
+    print(len(socket.recv_fds(agent, 1000, 9)[1]))
 """
 
 
@@ -194,6 +207,16 @@ def test_hostile_pod_with_many_namespaces(
     assert launcher.printed(pod, "{net1.queues}") == ["1"]
 
 
+def test_newcomer_finds_a_place(agent: Agent, lab: Lab, nic: Nic, shim: Cni, *, pod: str) -> None:
+    """Where a pod has taken all places of those who are waited for, who comes later is served."""
+    assert shim("ADD", network_config(nic), NETNS=pod).status == 0
+    tap_socket = str(agent.run_dir / "pod/tap.sock")
+    with hostile(agent, lab.pod("evil"), "namespaces", times=20, still=True):
+        asked = run("nsenter", f"--net={pod}", sys.executable, "-c", SLOW, tap_socket)
+        assert asked == "1\n"
+        assert agent.metrics()["extbridge_refusals_total{reason=flood}"] > 0
+
+
 def test_refusals_do_not_fill_the_log(agent: Agent, pod: str) -> None:
     """Of what pods are refused a line a second is told for each reason, and how many are not."""
     began = time.monotonic()
@@ -234,7 +257,7 @@ def test_nobody_is_waited_for(agent: Agent, shim: Cni, nic: Nic, pod: str) -> No
     """Whoever stops in the midst of a request, or does not take the answer, is hung up on."""
     assert shim("ADD", network_config(nic), NETNS=pod).status == 0
     idle = agent.settled_fds()
-    with hostile(agent, pod, "deaf", once=True), ExitStack() as closing:
+    with hostile(agent, pod, "deaf", times=0, still=True), ExitStack() as closing:
         for path in ("cni.sock", "pod/tap.sock", "metrics.sock"):
             for said in (b"", b"x"):
                 silent = closing.enter_context(connected(agent.run_dir / path))
@@ -346,10 +369,12 @@ def test_end_of_a_lease_that_the_agent_dies_in(
 
 
 @contextmanager
-def hostile(agent: Agent, pod: str, kind: str, *, once: bool = False) -> Iterator[None]:
-    """A process in the pod that has been hostile for a while, or once, and is during the block."""
+def hostile(
+    agent: Agent, pod: str, kind: str, *, times: int = 100, still: bool = False
+) -> Iterator[None]:
+    """A process in the pod that has been hostile so often, and is during the block if not still."""
     tap_socket = str(agent.run_dir / "pod/tap.sock")
-    script = (sys.executable, "-c", HOSTILE, kind, tap_socket, "0" if once else "100")
+    script = (sys.executable, "-c", HOSTILE, kind, tap_socket, str(times), "still" * still)
     with subprocess.Popen(
         ("nsenter", f"--net={pod}", "--", *script),
         stdin=subprocess.PIPE,

@@ -14,7 +14,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
@@ -94,12 +101,10 @@ class Launchers:
             owned.enter_context(connection)
             with self._refusing(connection):
                 process = owned.enter_context(pinned_peer(connection))
-                asking = _Asking(
-                    connection,
-                    process,
-                    netns_of(process.pid),
-                    wire.Receiving(connection, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0),
+                receiving = owned.enter_context(
+                    closing(wire.Receiving(connection, limit=wire.MAX_TAP_REQUEST_BYTES, max_fds=0))
                 )
+                asking = _Asking(connection, process, netns_of(process.pid), receiving)
                 given = self._serve_at_once(asking)
                 go_on(self._go_on(asking, given, owned.pop_all()))
 
