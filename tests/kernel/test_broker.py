@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,11 @@ from pathlib import Path
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, receive, run
-from extbridge.ledger import Ledger
+from extbridge.ledger import Holder, Ledger
 from extbridge.node import wire
+from extbridge.node.broker import Lease
+from extbridge.node.leases import Leases
+from extbridge.node.metrics import Metrics
 from tests.kernel.agents import LIVE, SECONDS, Agent, Launcher, until
 from tests.kernel.observe import frame, network_config, packed, show_link
 from tests.support import Cni
@@ -411,6 +416,24 @@ def test_holder_may_ask_again(agent: Agent, pod: str) -> None:
     """A process that has taken its taps may take them once more."""
     assert python(pod, agent, "print(len(take_taps()), len(take_taps()))") == "1 1\n"
     until(lambda: not holders(agent))
+
+
+def test_lease_that_cannot_be_watched_leaves_nothing(tmp_path: Path) -> None:
+    """What cannot be watched is no lease, and is not kept open."""
+    # A file is nothing that can be waited for (man 2 epoll_ctl, EPERM).
+    fd = os.open(tmp_path, os.O_RDONLY)
+
+    async def watch() -> int:
+        with ThreadPoolExecutor(1) as threads:
+            metrics = Metrics(attachments=dict, spooled=int)
+            leases = Leases(lambda _: None, threads, metrics)
+            with pytest.raises(PermissionError):
+                leases.watch(Lease(Holder(os.getpid(), 1), frozenset(), fd))
+            return len(leases)
+
+    assert asyncio.run(watch()) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 # Launchers written in Python.

@@ -117,7 +117,10 @@ class Launchers:
             frame = asking.receiving.wait(seconds=_AT_ONCE_SECONDS if is_only else 0)
             if frame is None or not is_only:
                 return None
-            return self._begin(asking, frame)
+            given = self._take(asking, frame)
+        # Not before: as soon as the launcher has its taps, another of the pod may ask.
+        _push(given, asking.connection)
+        return given
 
     async def _go_on(self, asking: _Asking, given: HandOff | None, owned: ExitStack) -> None:
         with self._refusals.guarded(), owned, self._refusing(asking.connection):
@@ -132,14 +135,16 @@ class Launchers:
                 await turn.enter_async_context(turn_of_pod)
                 await turn.enter_async_context(self._free_threads)
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._begin, asking, frame
+                self._threads, self._take_and_push, asking, frame
             )
 
-    def _begin(self, asking: _Asking, frame: wire.Frame) -> HandOff:
-        """Open the taps and send what the launcher takes at once, in a thread.
+    def _take_and_push(self, asking: _Asking, frame: wire.Frame) -> HandOff:
+        given = self._take(asking, frame)
+        _push(given, asking.connection)
+        return given
 
-        Raises CniError and WireError; then nothing has been handed over.
-        """
+    def _take(self, asking: _Asking, frame: wire.Frame) -> HandOff:
+        """Open the taps, in a thread; raises CniError and WireError, and then nothing is open."""
         request = wire.decode_request(frame.payload, wire.TAPS)
         began = time.perf_counter()
         try:
@@ -147,9 +152,6 @@ class Launchers:
         except OSError as failure:
             raise skel.translate(failure) from failure
         self._metrics.hand_off_duration.observe(time.perf_counter() - began)
-        # Who has hung up is found out when the rest is sent.
-        with suppress(OSError):
-            all(frame.push(asking.connection) for frame in given.frames)
         return given
 
     async def _finish(self, asking: _Asking, given: HandOff) -> None:
@@ -214,3 +216,10 @@ class Launchers:
             self._refusals.add(type(error).__name__, str(error))
             # Nothing has been sent before, so there is room for it.
             wire.Sending(wire.encode_tap_refusal(_REFUSED_STATUS, str(error))).push(connection)
+
+
+def _push(given: HandOff, connection: socket.socket) -> None:
+    """Send what the launcher takes at once."""
+    # Who has hung up is found out when the rest is sent.
+    with suppress(OSError):
+        all(frame.push(connection) for frame in given.frames)
