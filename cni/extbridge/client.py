@@ -6,12 +6,13 @@ taps are free for another when it has ended.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,9 @@ from extbridge.spec.errors import CniError
 _CONNECT_SECONDS = 5.0
 _RETRY_SECONDS = 0.02
 _ANSWER_SECONDS = 10.0
+
+# No agent, or one that just ends, or whose queue is full (unix_stream_connect: EAGAIN).
+_NOT_THERE = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BlockingIOError)
 
 
 class NoTaps(Exception):
@@ -76,28 +80,32 @@ def take_taps(ifnames: Sequence[str] = (), *, run: Path | None = None) -> list[T
     """
     folder = run or Path(os.environ.get(RUN_VARIABLE) or DEFAULT_RUN)
     environ = {IFNAMES_VARIABLE: ",".join(ifnames)} if ifnames else {}
+    request = wire.encode_request(wire.TAPS, environ, b"")
+    deadline = time.monotonic() + _CONNECT_SECONDS
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-            agent.settimeout(_ANSWER_SECONDS)
-            _connect(agent, str(folder / TAP_SOCKET))
-            request = wire.encode_request(wire.TAPS, environ, b"")
-            agent.sendall(wire.frame_head(request) + request)
-            agent.settimeout(0)
-            return _receive_taps(agent)
+        while True:
+            try:
+                return _ask(str(folder / TAP_SOCKET), wire.frame_head(request) + request)
+            except _NOT_THERE:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
     except (OSError, wire.WireError, ValueError, CniError) as error:
         raise NoTaps(f"{folder / TAP_SOCKET}: {error}") from error
 
 
-def _connect(agent: socket.socket, path: str) -> None:
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            agent.connect(path)
-            return
-        except (FileNotFoundError, ConnectionRefusedError):
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(_RETRY_SECONDS)
+def _ask(path: str, request: bytes) -> list[Tap]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+        agent.settimeout(_ANSWER_SECONDS)
+        agent.connect(path)
+        # It may have hung up with an answer, or be about to: that is seen by who reads.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            agent.sendall(request)
+        # An agent that ends hangs up on those who wait. To ask again is safe: a holder may.
+        if not agent.recv(1, socket.MSG_PEEK):
+            raise ConnectionResetError(errno.ECONNRESET, "the agent hung up")
+        agent.settimeout(0)
+        return _receive_taps(agent)
 
 
 def _receive_taps(agent: socket.socket) -> list[Tap]:

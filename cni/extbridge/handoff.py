@@ -6,10 +6,12 @@ has them, is established here.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from extbridge.attachment import container_of
 from extbridge.kernel.links import Link, list_our_links
@@ -19,7 +21,10 @@ from extbridge.kernel.taps import open_tap, open_vhost
 from extbridge.ledger import Entry, Held, Holder, Ledger
 from extbridge.network.addresses import Addressing
 from extbridge.network.definition import Handoff
-from extbridge.spec.errors import TapHeld, UnknownContainer
+from extbridge.spec.errors import NotPermitted, TapHeld, UnknownContainer
+
+MAX_LINKS: Final = 256
+"""Macvtaps that a namespace may have, of whatever origin; with more it gets no taps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +53,9 @@ def take_taps(
 
     To pass them on, exec or send the fds inside the block; if that fails, they are free again.
     Raises UnknownContainer if the namespace has no such NIC, TapHeld if a living process has it,
-    WrongTap if the node is another's.
+    WrongTap if the node is another's, NotPermitted if it has more links than MAX_LINKS.
     """
-    with inside(netns), Netlink(NETLINK_ROUTE) as route:
-        links = sorted(list_our_links(route), key=lambda link: link.name)
+    links = _links_in(netns)
     missing = sorted(set(ifnames) - {link.name for link in links})
     if missing or not links:
         present = ", ".join(link.name for link in links) or "none"
@@ -66,9 +70,7 @@ def take_taps(
         for link in links:
             if ifnames and link.name not in ifnames:
                 continue
-            container_id = container_of(link)
-            if not container_id:
-                raise _unknown(link)
+            container_id = _container_here(link, netns, ledger)
             with ledger.hold(container_id) as held:
                 entry = _free_entry(link, netns, held, holder)
                 fds = open_tap(link, entry.mac)
@@ -105,17 +107,40 @@ def free_taps(
                     held.write(replace(entry, holder=None))
 
 
-def _free_entry(link: Link, netns: int, held: Held, holder: Holder) -> Entry:
+def _links_in(netns: int) -> list[Link]:
+    """What there is of ours, by name."""
+    try:
+        with inside(netns), Netlink(NETLINK_ROUTE) as route:
+            found = list_our_links(route, at_most=MAX_LINKS)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        raise NotPermitted(
+            f"the namespace has more than {MAX_LINKS} macvtaps",
+            "delete those that ADD did not make",
+        ) from error
+    return sorted(found, key=lambda link: link.name)
+
+
+def _container_here(link: Link, netns: int, ledger: Ledger) -> str:
+    """The container whose the link is by the ledger too, looked up without its lock.
+
+    An alias that claims another's would have whoever works for that one wait for us.
+    """
+    container_id = container_of(link)
+    if not container_id or not any(_is_of(it, link, netns) for it in ledger.of(container_id)):
+        raise _unknown(link)
+    return container_id
+
+
+def _is_of(entry: Entry, link: Link, netns: int) -> bool:
     # An ifindex is unique among our links only: a pod that may make links can make one that claims
     # to be another pod's, and the device node of both would be the other's.
-    entry = next(
-        (
-            it
-            for it in held.entries()
-            if it.done and (it.ifindex, it.netns_inode) == (link.ifindex, netns_inode(netns))
-        ),
-        None,
-    )
+    return (entry.ifindex, entry.netns_inode) == (link.ifindex, netns_inode(netns))
+
+
+def _free_entry(link: Link, netns: int, held: Held, holder: Holder) -> Entry:
+    entry = next((it for it in held.entries() if it.done and _is_of(it, link, netns)), None)
     if entry is None:
         raise _unknown(link)
     if entry.handoff == Handoff.DEVICE:

@@ -20,12 +20,10 @@
 #ifndef SECOND
 #define SECOND 1000 /* Milliseconds; a test has shorter ones. */
 #endif
-enum { CONNECT_MS = 5 * SECOND, STDIO_MS = 5 * SECOND, RETRY_MS = 20 };
-enum { CNI_ANSWER_MS = 60 * SECOND, TAP_ANSWER_MS = 10 * SECOND };
+enum { CONNECT_MS = 5 * SECOND, STDIO_MS = 5 * SECOND, CNI_ANSWER_MS = 60 * SECOND };
+enum { TAP_ANSWER_MS = 10 * SECOND, RETRY_MS = 20, REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
 enum { MAX_CNI = 2 << 20, MAX_STDIN = 1 << 20, MAX_TAP = 256 << 10, MAX_TAP_ANSWER = 512 << 10 };
-enum { U32 = 4, CHUNK = 4096, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_STATUS = 255 };
-enum { REFUSED = 125, NO_EXEC = 126, NOT_FOUND = 127 };
-
+enum { U32 = 4, CHUNK = 4096, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_STATUS = 255, NOTHING = -2 };
 #define VERSIONS "\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\"]"
 #define JSON "{\"cniVersion\":\"1.1.0\","
 #define FAIL(code, text) say(STDOUT_FILENO, 1, JSON "\"code\":" #code ",\"msg\":\"", text, "\"}\n")
@@ -64,7 +62,8 @@ static size_t transfer(int fd, short events, void *data, size_t size, size_t *ri
             ? (rides ? recvmsg(fd, &message, MSG_CMSG_CLOEXEC) : readv(fd, &part, 1))
             : (rides ? sendmsg(fd, &message, MSG_NOSIGNAL) : writev(fd, &part, 1));
         if (n == 0) return done;
-        if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+        /* A connection that is reset is at its end the next time (unix_stream_read_generic). */
+        if (n < 0 && (errno == EINTR || errno == EAGAIN || errno == ECONNRESET)) continue;
         if (n < 0 || message.msg_flags & MSG_CTRUNC) break;
         if (rides && done == 0) *rides = message.msg_controllen;
         done += (size_t)n;
@@ -103,10 +102,8 @@ static const char *begin(const char *name, const char *magic, const char *prefix
 /* Connects and sends the request, with the fd `passed` unless that is -1; the connection, or -1. */
 static int ask(int passed, int64_t connect_by, int64_t patience) {
     int peer = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    while (connect(peer, (struct sockaddr *)&agent, sizeof agent) < 0) {
+    for (; connect(peer, (struct sockaddr *)&agent, sizeof agent) < 0; poll(NULL, 0, RETRY_MS))
         if (now() >= connect_by) return -1;
-        poll(NULL, 0, RETRY_MS);
-    }
     answer_by = now() + patience;
     request[0] = htole32((uint32_t)(request_size - U32));
     control.size = CMSG_LEN(sizeof passed);
@@ -116,9 +113,10 @@ static int ask(int passed, int64_t connect_by, int64_t patience) {
     return peer;
 }
 
-/* The next frame into `answer`, a NUL behind it, its fds into `control`; how many, or -1. */
+/* The next frame into `answer`, a NUL behind it, its fds into `control`: how many; -1; NOTHING. */
 static int receive(int peer, size_t limit, size_t rides) {
-    if (transfer(peer, POLLIN, answer, U32, &rides) != U32) return -1;
+    size_t head = transfer(peer, POLLIN, answer, U32, &rides);
+    if (head != U32) return head == 0 ? NOTHING : -1;
     answer_size = le32toh(answer[0]);
     if (answer_size < U32 || answer_size > limit) return -1;
     if (transfer(peer, POLLIN, answer, answer_size, &(size_t){0}) != answer_size) return -1;
@@ -132,13 +130,11 @@ static int spool(void) {
     char folder[sizeof agent.sun_path], draft[64];
     snprintf(folder, sizeof folder, "%s/spool", run);
     snprintf(draft, sizeof draft, ".%jd-%d", (intmax_t)now(), getpid());
-    mkdir(run, 0700);
-    mkdir(folder, 0700);
+    if (mkdir(run, 0700) == 0 || errno == EEXIST) mkdir(folder, 0700);
     int in = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int file = openat(in, draft, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    size_t size = request_size - U32;
-    if (transfer(file, POLLOUT, request + 1, size, NULL) == size && fsync(file) == 0 &&
-        renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
+    if (transfer(file, POLLOUT, request + 1, request_size - U32, NULL) == request_size - U32 &&
+        fsync(file) == 0 && renameat(in, draft, in, draft + 1) == 0 && fsync(in) == 0) return 0;
     unlinkat(in, draft, 0);
     return FAIL(5, NO_ANSWER " And its spool takes no DEL: give EXTBRIDGE_RUN room, writable");
 }
@@ -172,10 +168,13 @@ static int launch(int argc, char **argv) {
     const char *fault = begin("pod/tap.sock", "xb\1T", "EXTBRIDGE_", MAX_TAP);
     for (int i = 1; i < argc && !fault; i++) fault = add(argv[i], MAX_TAP);
     if (argc < 2 || fault) return REFUSE(REFUSED, fault ? fault : "give the command to run");
-    int n, peer = ask(-1, now() + CONNECT_MS, TAP_ANSWER_MS);
+    int64_t by = now() + CONNECT_MS;
+    int n, peer;
     char *at, *end;
-    do {
-        n = receive(peer, MAX_TAP_ANSWER, sizeof control);
+    /* An agent that ends hangs up on those who wait. To ask again is safe: a holder may. */
+    do n = receive(peer = ask(-1, by, TAP_ANSWER_MS), MAX_TAP_ANSWER, sizeof control);
+    while (n == NOTHING && now() < by && close(peer) == 0 && poll(NULL, 0, RETRY_MS) == 0);
+    for (;; n = receive(peer, MAX_TAP_ANSWER, sizeof control)) {
         at = (char *)(answer + 2 + n);
         end = (char *)answer + answer_size;
         if (n < 0 || at > end || (int)le32toh(answer[1]) != n) return REFUSE(REFUSED, NO_ANSWER);
@@ -187,7 +186,8 @@ static int launch(int argc, char **argv) {
                 return REFUSE(REFUSED, "a number that a tap's fd must have is not free");
             close(control.fds[i]);
         }
-    } while (at == end && n > 0);
+        if (at < end || n == 0) break;
+    }
     for (int i = 0; at < end && i < MAX_ARGS; at += strlen(at) + 1) command[i++] = at;
     if (!command[0] || at < end) return REFUSE(REFUSED, NO_ANSWER);
     execvp(command[0], command);

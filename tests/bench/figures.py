@@ -98,6 +98,12 @@ def time_in_process(stage: Stage, samples: Samples, runs: int) -> None:
         _attach(stage, samples, "extbridge-cni", stage.in_process, take())()
 
 
+def time_start(stage: Stage, samples: Samples, runs: int) -> None:
+    """An agent's start, until it says that it serves."""
+    for _ in range(max(5, runs // 10)):
+        samples["agent's start"].append(stage.time_start())
+
+
 def time_at_once(stage: Stage, samples: Samples, runs: int) -> None:
     """As many pods as a node has, all at once and one after the other."""
     take = stage.pods(4 * PODS_OF_A_NODE)

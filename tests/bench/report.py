@@ -67,6 +67,7 @@ def targets(samples: Samples) -> list[Target]:
             figures[f"ADD extbridge among {MANY}"] / figures[f"ADD extbridge among {FEW}"],
             "≤", 1.3,
         ),
+        Target("agent's start", figures["agent's start"], "≤", 1000.0, "ms"),
         Target("agent's memory (RSS)", max(memory) / 1024, "≤", 48.0, "MiB"),
         Target("… and its growth", (max(memory) - min(memory)) / 1024, "≤", 2.0, "MiB"),
         Target("… and that of its open files", fds[-1] - fds[0], "≤", 0.0),

@@ -176,6 +176,27 @@ class Stage:
 
         return milliseconds(at_once)
 
+    def time_start(self) -> float:
+        """Milliseconds until a further agent, in a folder of its own, says that it serves."""
+        address = self._folder / "notify"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, ExitStack() as closing:
+            notified.bind(str(address))
+            closing.callback(address.unlink)
+            notified.settimeout(_START_SECONDS)
+            began = time.perf_counter()
+            agent = closing.enter_context(
+                subprocess.Popen(
+                    (executable("extbridge"), "agent", "--run-dir", str(self._folder / "further")),
+                    stdin=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "NOTIFY_SOCKET": str(address)},
+                )
+            )
+            closing.callback(agent.kill)
+            if notified.recv(100) != b"READY=1":
+                raise BenchFailure("an agent ended before it served")
+            return (time.perf_counter() - began) * 1000
+
     def ask(self, plugin: Plugin, verb: str, pod: Pod) -> None:
         """Ask the agent without a process, for what need not be timed."""
         environ = self.environment(verb, pod)

@@ -132,6 +132,10 @@ def test_files_have_the_protocols_modes(agent: Agent, shim: Cni, nic: Nic, pod: 
     for mask in (0, 0o077):
         agent.stop()
         run("rm", "-r", str(agent.run_dir))
+        if mask == 0:
+            # As kubelet makes what a pod mounts.
+            agent.run_dir.mkdir()
+            agent.run_dir.chmod(0o755)
         former = os.umask(mask)
         try:
             agent.start()
@@ -172,10 +176,14 @@ def test_folder_has_one_agent(agent: Agent, tmp_path: Path) -> None:
 def test_stop_finishes_what_was_begun(
     agent: Agent, shim: Cni, launcher: Launcher, nic: Nic, lab: Lab
 ) -> None:
-    """SIGTERM lets requests in flight end well; who comes later is told to try again."""
+    """SIGTERM lets requests in flight end well; who comes later is told to try again.
+
+    But DELs, which runtimes do not repeat, are served, and launchers wait for the next agent.
+    """
     config = network_config(nic)
-    pod, other = lab.pod("one"), lab.pod("other")
-    assert shim("ADD", config, NETNS=other, CONTAINERID="container-2").status == 0
+    pod, other, last = (lab.pod(name) for name in ("one", "other", "last"))
+    assert shim("ADD", network_config(nic, mac=MAC), NETNS=other, CONTAINERID="c2").status == 0
+    assert shim("ADD", config, NETNS=last, CONTAINERID="c3").status == 0
     with connected(agent.run_dir / "cni.sock") as begun:
         with Ledger(agent.run_dir).hold("container-1"):
             ask(begun, shim.environment("ADD", NETNS=pod), config, netns=pod)
@@ -183,11 +191,67 @@ def test_stop_finishes_what_was_begun(
             os.kill(agent.pid, signal.SIGTERM)
             until(lambda: "draining" in agent.log)
             assert shim("ADD", config, NETNS=other, IFNAME="net2").error["code"] == 11
-            assert shim("STATUS", config, **NO_ATTACHMENT).error["code"] == 11
-            assert "about to stop" in launcher.refusal(other)
+            assert shim("STATUS", config, **NO_ATTACHMENT).error["code"] == 50
+            assert shim("DEL", config, NETNS=last, CONTAINERID="c3").status == 0
+            assert macvtaps(last) == []
+            launching = launcher.start(other, "echo", "{net1.mac}")
+            until(lambda: has_socket(launching.pid))
         assert answer_on(begun).status == 0
     agent.end()
     assert (macvtaps(pod), macvtaps(other)) == (["net1"], ["net1"])
+    agent.start()
+    with launching:
+        assert launching.communicate(timeout=30) == (f"{MAC}\n", "")
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_launchers_do_not_see_a_restart(
+    agent: Agent, shim: Cni, launcher: Launcher, nic: Nic, lab: Lab, *, how: str
+) -> None:
+    """Who asks for its taps while the agent ends gets them from that one or from the next."""
+    pods = [lab.pod(f"pod{number}") for number in range(8)]
+    for pod in pods:
+        added = shim("ADD", network_config(nic), NETNS=pod, CONTAINERID=Path(pod).name)
+        assert added.status == 0
+    with ExitStack() as closing:
+        # So that some have connected, and said what they want, when it ends.
+        os.kill(agent.pid, signal.SIGSTOP)
+        launching = [
+            closing.enter_context(launcher.start(pod, "echo", "{net1.queues}")) for pod in pods
+        ]
+        until(lambda: all(has_socket(process.pid) for process in launching))
+        if how == "killed":
+            agent.kill()
+        else:
+            os.kill(agent.pid, signal.SIGTERM)
+            os.kill(agent.pid, signal.SIGCONT)
+            agent.end()
+        agent.start()
+        for process in launching:
+            assert process.communicate(timeout=30) == ("1\n", "")
+
+
+def test_stop_does_not_wait_for_a_start(agent: Agent, shim: Cni, nic: Nic, lab: Lab) -> None:
+    """An agent that is told to end while it sets things right leaves the rest to the next."""
+    config = network_config(nic)
+    pods = {f"c{number}": lab.pod(f"pod{number}") for number in range(2)}
+    for container_id, pod in pods.items():
+        assert shim("ADD", config, NETNS=pod, CONTAINERID=container_id).status == 0
+    agent.kill()
+    first, second = (
+        spool(agent, name, shim.environment("DEL", NETNS=pod, CONTAINERID=name), config)
+        for name, pod in pods.items()
+    )
+    with Ledger(agent.run_dir).hold("c0"):
+        agent.begin()
+        until(lambda: is_waiting_for_lock(agent))
+        os.kill(agent.pid, signal.SIGTERM)
+        # It has been told when it has begun to wait for nothing but the lock.
+        until(lambda: "SigPnd:\t0000000000000000" in status_of(agent.pid))
+    agent.end()
+    assert (first.exists(), second.exists()) == (False, True)
+    agent.start()
+    assert [leftovers(pod, agent.run_dir) for pod in pods.values()] == [[], []]
 
 
 def test_systemd_is_told(agent: Agent, tmp_path: Path) -> None:
@@ -402,6 +466,39 @@ def test_spool_holds_whatever_it_holds(agent: Agent, shim: Cni, nic: Nic, pod: s
         agent.start()
 
 
+def test_dels_that_cannot_be_done_yet_stay(agent: Agent, shim: Cni, nic: Nic, pod: str) -> None:
+    """A spooled DEL is not given up before its link is gone, though its namespace is not seen."""
+    config = network_config(nic)
+    assert shim("ADD", config, NETNS=pod).status == 0
+    agent.kill()
+    assert shim("DEL", config, NETNS=pod).status == 0
+    (spooled,) = (agent.run_dir / "spool").iterdir()
+    agent.wrapper = WITHOUT_NETNS_FOLDER
+    agent.start()
+    assert "waits for its namespace" in agent.log
+    assert spooled.exists()
+    assert macvtaps(pod) == ["net1"]
+    agent.stop()
+    agent.wrapper = ()
+    agent.start()
+    assert not spooled.exists()
+    assert leftovers(pod, agent.run_dir) == []
+
+
+def test_dels_of_other_versions_stay(agent: Agent, shim: Cni, nic: Nic, pod: str) -> None:
+    """What a later version has spooled waits for it; what has odd many variables is served."""
+    config = network_config(nic)
+    assert shim("ADD", config, NETNS=pod).status == 0
+    later = agent.run_dir / "spool/later"
+    later.write_bytes(b"xb\xffC whatever that may mean")
+    until(lambda: "later is kept" in agent.log)
+    odd = {f"CNI_{number}": "x" for number in range(2 * wire.MAX_VARIABLES)}
+    served = spool(agent, "odd", {**shim.environment("DEL", NETNS=pod), **odd}, config)
+    until(lambda: not served.exists())
+    assert leftovers(pod, agent.run_dir) == []
+    assert later.exists()
+
+
 def test_del_that_fails_is_not_tried_all_the_time(agent: Agent, shim: Cni, nic: Nic) -> None:
     """A DEL that cannot succeed now fills no log: it is tried when another comes, or in a while."""
     config = network_config(nic, cniVersion="9.9")
@@ -569,6 +666,16 @@ def is_waiting_for_lock(agent: Agent) -> bool:
     """Whether the agent waits for somebody's flock (man 5 proc, locks)."""
     locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
     return any("->" in line and str(agent.pid) in line.split() for line in locks)
+
+
+def has_socket(pid: int) -> bool:
+    """Whether the process has one open: a launcher that does has connected, or will at once."""
+    fds = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+    return any(fd.startswith("socket:") for fd in fds)
+
+
+def status_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text(encoding="ascii")
 
 
 def accepted(path: Path) -> socket.socket | None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from extbridge.demo.lab import Lab, Nic
+from extbridge.demo.lab import Lab, Nic, run
+from extbridge.handoff import MAX_LINKS
+from extbridge.kernel.links import GROUP
 from extbridge.ledger import Holder, Ledger
+from extbridge.network.definition import FIRST_IFINDEX
+from extbridge.node.launchers import THREADS as HAND_OFF_THREADS
 from tests.kernel.agents import LIVE, Agent, Launcher, connected, until
 from tests.kernel.observe import leftovers, macvtaps, network_config, show_link
 from tests.kernel.strace import CHANGING, Call, attached, changes_in
@@ -23,11 +31,11 @@ from tests.support import Cni, require
 MAC = "52:54:00:00:00:01"
 
 # What a pod may do to tap.sock, over and over until its standard input ends; it says when it has
-# done so a hundred times.
+# done so often enough, and waits then, if it is to be still.
 HOSTILE = """
 import collections, ctypes, os, random, select, socket, sys, time
 from extbridge.node import wire
-kind, path, times = sys.argv[1:]
+kind, path, times, still = sys.argv[1:]
 null = os.open("/dev/null", os.O_RDONLY)
 held = collections.deque(maxlen=700)
 def framed(payload):
@@ -67,6 +75,8 @@ def deaf():
     held[-1].sendall(long)
 def hasty():
     connect().sendall(short)
+def fleeting():
+    connect()
 def namespaces():
     assert ctypes.CDLL(None).unshare(0x40000000) == 0
     for _ in range(16):
@@ -80,8 +90,21 @@ for number in range(1 << 20):
         pass
     if number == int(times):
         print("hostile", flush=True)
-    if number >= int(times) and select.select([sys.stdin], [], [], 0.001 if number else None)[0]:
+    if number >= int(times) and select.select([sys.stdin], [], [], None if still else 0.001)[0]:
         break
+"""
+
+# A launcher whose request does not come at once.
+SLOW = """
+import socket, sys, time
+from extbridge.node import wire
+payload = wire.encode_request(wire.TAPS, {}, wire.encode_strings(["true"]))
+with socket.socket(socket.AF_UNIX) as agent:
+    agent.connect(sys.argv[1])
+    agent.sendall(wire.frame_head(payload))
+    time.sleep(0.05)
+    agent.sendall(payload)
+    print(len(socket.recv_fds(agent, 1000, 9)[1]))
 """
 
 
@@ -92,31 +115,79 @@ ANSWER = Call("sendmsg", 1, "the answer")
 # Hostile pods.
 
 
-@pytest.mark.parametrize("kind", ["silent", "slow", "garbage", "fds", "deaf", "hasty"])
+@pytest.mark.parametrize(
+    "kind", ["silent", "slow", "garbage", "fds", "deaf", "hasty", "many links", "fleeting"]
+)
 def test_hostile_pod_is_nobody_elses_trouble(
     agent: Agent, lab: Lab, nic: Nic, shim: Cni, launcher: Launcher, *, kind: str
 ) -> None:
-    """While a pod misbehaves on tap.sock ADDs succeed and others get their taps; nothing leaks."""
+    """While a pod misbehaves on tap.sock ADDs succeed and others get their taps, hardly later.
+
+    Nothing leaks.
+    """
     config = network_config(nic)
     evil, good, new = (lab.pod(name) for name in ("evil", "good", "new"))
     for pod in (evil, good):
         assert shim("ADD", config, NETNS=pod, CONTAINERID=Path(pod).name).status == 0
-    assert len(launcher.printed(good, "{net1.mac}")) == 1
-    idle, resident = agent.settled_fds(), agent.resident_kib
-    with hostile(agent, evil, kind):
-        for _ in range(3):
+
+    def seconds() -> list[float]:
+        """Medians of an ADD and of a hand-off."""
+        taken = []
+        for _ in range(5):
+            times = [time.monotonic()]
             assert shim("ADD", config, NETNS=new).status == 0
+            times.append(time.monotonic())
             assert len(launcher.printed(good, "{net1.mac}")) == 1
+            times.append(time.monotonic())
             assert shim("DEL", config, NETNS=new).status == 0
-        assert agent.resident_kib < resident + (32 << 10)
-    until(lambda: agent.fds <= idle)
+            taken.append([end - begin for begin, end in pairwise(times)])
+        return [median(each) for each in zip(*taken, strict=True)]
+
+    with imitations(lab, evil, 1000 if kind == "many links" else 0):
+        undisturbed = seconds()
+        idle, resident = agent.settled_fds(), agent.resident_kib
+        with hostile(agent, evil, "hasty" if kind == "many links" else kind):
+            disturbed = seconds()
+            assert agent.resident_kib < resident + (32 << 10)
+        until(lambda: agent.fds <= idle)
+    # On two processors, of which the pod takes one.
+    for before, now in zip(undisturbed, disturbed, strict=True):
+        assert now < 5 * before + 0.05
     assert launcher.printed(evil, "{net1.queues}") == ["1"]
+
+
+def test_pod_has_one_thread(
+    agent: Agent, lab: Lab, nic: Nic, shim: Cni, launcher: Launcher
+) -> None:
+    """However many launchers of a pod wait for something, another pod gets its tap meanwhile."""
+    config = network_config(nic)
+    evil, good = lab.pod("evil"), lab.pod("good")
+    for pod in (evil, good):
+        assert shim("ADD", config, NETNS=pod, CONTAINERID=Path(pod).name).status == 0
+    with ExitStack() as closing, Ledger(agent.run_dir).hold(Path(evil).name):
+        for _ in range(2 * HAND_OFF_THREADS):
+            closing.enter_context(launcher.start(evil, *LIVE))
+        # One in a thread that accepts, one of those that are waited for.
+        until(lambda: locks_awaited(agent) == 2)
+        assert len(launcher.printed(good, "{net1.mac}")) == 1
+        assert locks_awaited(agent) == 2
+
+
+def test_pod_with_too_many_links_is_refused(
+    agent: Agent, lab: Lab, nic: Nic, shim: Cni, pod: str, *, launcher: Launcher
+) -> None:
+    """A pod that makes itself macvtaps by the hundred is told so, and served when they are gone."""
+    assert shim("ADD", network_config(nic), NETNS=pod).status == 0
+    with imitations(lab, pod, MAX_LINKS):
+        assert f"more than {MAX_LINKS} macvtaps" in launcher.refusal(pod)
+    assert launcher.printed(pod, "{net1.queues}") == ["1"]
+    assert "Traceback" not in agent.log
 
 
 def test_hostile_pod_with_many_namespaces(
     agent: Agent, lab: Lab, nic: Nic, shim: Cni, launcher: Launcher
 ) -> None:
-    """Nor can a pod that makes itself namespaces take so many fds that there is none for an ADD."""
+    """A pod that makes itself namespaces takes neither the fds of an ADD nor a launcher's place."""
     agent.stop()
     agent.wrapper = ("prlimit", "--nofile=600", "--")
     agent.start()
@@ -127,10 +198,40 @@ def test_hostile_pod_with_many_namespaces(
     with hostile(agent, lab.pod("evil"), "namespaces"):
         assert shim("DEL", config, NETNS=pod).status == 0
         assert shim("ADD", config, NETNS=pod).status == 0
+        # As long as a VM's may be, and twice as long as an answer that a socket takes at once.
+        long = ["x" * 1000] * 200
+        assert launcher.printed(pod, "{net1.queues}", *long) == ["1", *long]
         assert agent.metrics()["extbridge_refusals_total{reason=flood}"] > 0
     until(lambda: agent.fds <= idle)
     assert "Too many open files" not in agent.log
     assert launcher.printed(pod, "{net1.queues}") == ["1"]
+
+
+def test_newcomer_finds_a_place(agent: Agent, lab: Lab, nic: Nic, shim: Cni, *, pod: str) -> None:
+    """Where a pod has taken all places of those who are waited for, who comes later is served."""
+    assert shim("ADD", network_config(nic), NETNS=pod).status == 0
+    tap_socket = str(agent.run_dir / "pod/tap.sock")
+    with hostile(agent, lab.pod("evil"), "namespaces", times=20, still=True):
+        asked = run("nsenter", f"--net={pod}", sys.executable, "-c", SLOW, tap_socket)
+        assert asked == "1\n"
+        assert agent.metrics()["extbridge_refusals_total{reason=flood}"] > 0
+
+
+def test_refusals_do_not_fill_the_log(agent: Agent, pod: str) -> None:
+    """Of what pods are refused a line a second is told for each reason, and how many are not."""
+    began = time.monotonic()
+    with hostile(agent, pod, "fleeting"):
+        pass
+    # The next is told again.
+    time.sleep(1.1)
+    with connected(agent.run_dir / "pod/tap.sock") as connection:
+        connection.sendall(b"\xff" * 4)
+        assert connection.recv(1) == b""
+    refused = agent.metrics()["extbridge_refusals_total{reason=protocol}"]
+    assert refused > 100
+    told = [int(it) for it in re.findall(r"reason=protocol untold=(\d+)", agent.log)]
+    assert len(told) + sum(told) == refused
+    assert len(told) <= time.monotonic() - began + 1
 
 
 def test_agent_without_a_free_fd_recovers(agent: Agent, shim: Cni, nic: Nic, pod: str) -> None:
@@ -156,7 +257,7 @@ def test_nobody_is_waited_for(agent: Agent, shim: Cni, nic: Nic, pod: str) -> No
     """Whoever stops in the midst of a request, or does not take the answer, is hung up on."""
     assert shim("ADD", network_config(nic), NETNS=pod).status == 0
     idle = agent.settled_fds()
-    with hostile(agent, pod, "deaf", once=True), ExitStack() as closing:
+    with hostile(agent, pod, "deaf", times=0, still=True), ExitStack() as closing:
         for path in ("cni.sock", "pod/tap.sock", "metrics.sock"):
             for said in (b"", b"x"):
                 silent = closing.enter_context(connected(agent.run_dir / path))
@@ -164,6 +265,7 @@ def test_nobody_is_waited_for(agent: Agent, shim: Cni, nic: Nic, pod: str) -> No
         until(lambda: agent.fds >= idle + 6)
         # What stays is the lease.
         until(lambda: agent.fds == idle + 1)
+    agent.counts({"handoffs_total": 0})
 
 
 # kill -9, at each of the calls by which a request changes anything.
@@ -223,16 +325,21 @@ def test_del_that_the_agent_dies_in(
 def test_hand_off_that_the_agent_dies_in(
     agent: Agent, shim: Cni, nic: Nic, pod: str, launcher: Launcher, *, tmp_path: Path
 ) -> None:
-    """The launcher ends without a tap, and with the next agent another gets it."""
+    """The launcher gets its tap from the next agent, and when it has ended another gets it."""
     assert shim("ADD", network_config(nic, mac=MAC), NETNS=pod).status == 0
     with ExitStack() as holding, recording(agent, tmp_path) as calls:
         holding.enter_context(launcher.holding(pod))
     assert len(calls) > 5
     for call in [*calls, ANSWER]:
-        with killing(agent, call):
-            assert "no answer" in launcher.refusal(pod, *LIVE), call
-        entries = list(Ledger(agent.run_dir).entries())
-        assert [(entry.ifname, entry.holder) for entry in entries] == [("net1", None)], call
+        with ExitStack() as holding:
+            with killing(agent, call):
+                launching = holding.enter_context(launcher.start(pod, *LIVE))
+                until(lambda: agent.has_died)
+            assert launching.stdout is not None
+            assert launching.stdout.readline() == f"{launching.pid}\n", call
+            entries = Ledger(agent.run_dir).entries()
+            holders = [(it.ifname, it.holder.pid if it.holder else 0) for it in entries]
+            assert holders == [("net1", launching.pid)], call
         assert launcher.printed(pod, "{net1.mac}") == [MAC]
 
 
@@ -262,10 +369,12 @@ def test_end_of_a_lease_that_the_agent_dies_in(
 
 
 @contextmanager
-def hostile(agent: Agent, pod: str, kind: str, *, once: bool = False) -> Iterator[None]:
-    """A process in the pod that has been hostile for a while, or once, and is during the block."""
+def hostile(
+    agent: Agent, pod: str, kind: str, *, times: int = 100, still: bool = False
+) -> Iterator[None]:
+    """A process in the pod that has been hostile so often, and is during the block if not still."""
     tap_socket = str(agent.run_dir / "pod/tap.sock")
-    script = (sys.executable, "-c", HOSTILE, kind, tap_socket, "0" if once else "100")
+    script = (sys.executable, "-c", HOSTILE, kind, tap_socket, str(times), "still" * still)
     with subprocess.Popen(
         ("nsenter", f"--net={pod}", "--", *script),
         stdin=subprocess.PIPE,
@@ -277,6 +386,30 @@ def hostile(agent: Agent, pod: str, kind: str, *, once: bool = False) -> Iterato
         yield
         assert process.poll() is None
     assert process.returncode == 0
+
+
+@contextmanager
+def imitations(lab: Lab, pod: str, number: int) -> Iterator[None]:
+    """So many macvtaps in the pod as ours look; a process with CAP_NET_ADMIN can make them."""
+    run("ip", "link", "add", "eth7", "netns", pod, "type", "veth", "peer", "name", "eth7",
+        "netns", lab.switch)  # fmt: skip
+    script = "".join(
+        f"link add link eth7 name m{n} index {FIRST_IFINDEX + n} group {GROUP} type macvtap\n"
+        for n in range(number)
+    )
+    with tempfile.NamedTemporaryFile("w") as batch:
+        batch.write(script)
+        batch.flush()
+        run("ip", "-batch", batch.name, netns=pod)
+    try:
+        yield
+    finally:
+        run("ip", "link", "delete", "eth7", netns=pod)
+
+
+def locks_awaited(agent: Agent) -> int:
+    """How many of the agent's threads wait for a flock (man 5 proc, locks)."""
+    return Path("/proc/locks").read_text().count(f"-> FLOCK  ADVISORY  WRITE {agent.pid} ")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,11 @@ from pathlib import Path
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, receive, run
-from extbridge.ledger import Ledger
+from extbridge.ledger import Holder, Ledger
 from extbridge.node import wire
+from extbridge.node.broker import Lease
+from extbridge.node.leases import Leases
+from extbridge.node.metrics import Metrics
 from tests.kernel.agents import LIVE, SECONDS, Agent, Launcher, until
 from tests.kernel.observe import frame, network_config, packed, show_link
 from tests.support import Cni
@@ -80,6 +85,7 @@ number = ctypes.c_int(first)
 arguments = struct.pack("=11Q", 0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(number), 1, 0)
 second = libc.syscall(435, arguments, len(arguments))
 if second == 0:
+    peer.close()
     signal.pause()
 assert second == first, os.strerror(ctypes.get_errno())
 print("reused", flush=True)
@@ -201,7 +207,9 @@ def test_link_that_claims_to_be_anothers_is_refused(
     alike = ("ifindex", "ifname", "address", "group", "ifalias")
     imitation = show_link("net2", evil)
     assert {key: imitation[key] for key in alike} == {key: model[key] for key in alike}
-    assert "does not know net2" in launcher.refusal(evil)
+    # Nor does it keep, or wait for, who works for that pod just now.
+    with Ledger(agent.run_dir).hold("container-2"):
+        assert "does not know net2" in launcher.refusal(evil)
     assert holders(agent) == {}
     run("ip", "link", "delete", "net2", netns=evil)
     assert launcher.printed(other, "{net2.mac}") == [SECOND_MAC]
@@ -244,8 +252,29 @@ def test_number_of_a_process_that_ended_is_worth_nothing(
     assert holders(agent) == {}
 
 
-def test_process_that_ended_unseen_gets_nothing(agent: Agent, lab: Lab, other: str) -> None:
+def test_older_kernels_will_do(
+    agent: Agent, shim: Cni, nic: Nic, other: str, launcher: Launcher
+) -> None:
+    """Before Linux 6.5 pods are attached and get their taps as well."""
+    agent.stop()
+    agent.wrapper = (sys.executable, "-c", WITHOUT_PEERPIDFD)
+    agent.start()
+    assert launcher.printed(other, "{net2.mac}") == [SECOND_MAC]
+    assert python(other, agent, "print(take_taps()[0].mac)") == f"{SECOND_MAC}\n"
+    config, attachment = network_config(nic), {"CONTAINERID": "container-2", "IFNAME": "net2"}
+    assert shim("DEL", config, NETNS=other, **attachment).status == 0
+    assert list(Ledger(agent.run_dir).entries()) == []
+
+
+@pytest.mark.parametrize("kernel", ["this", "before 6.5"])
+def test_process_that_ended_unseen_gets_nothing(
+    agent: Agent, lab: Lab, other: str, kernel: str
+) -> None:
     """Nor where the agent has not even seen the connection before its process ended."""
+    if kernel != "this":
+        agent.stop()
+        agent.wrapper = (sys.executable, "-c", WITHOUT_PEERPIDFD)
+        agent.start()
     os.kill(agent.pid, signal.SIGSTOP)
     with reusing(agent, lab.pod("evil"), other) as process:
         assert process.stdin is not None
@@ -387,6 +416,24 @@ def test_holder_may_ask_again(agent: Agent, pod: str) -> None:
     """A process that has taken its taps may take them once more."""
     assert python(pod, agent, "print(len(take_taps()), len(take_taps()))") == "1 1\n"
     until(lambda: not holders(agent))
+
+
+def test_lease_that_cannot_be_watched_leaves_nothing(tmp_path: Path) -> None:
+    """What cannot be watched is no lease, and is not kept open."""
+    # A file is nothing that can be waited for (man 2 epoll_ctl, EPERM).
+    fd = os.open(tmp_path, os.O_RDONLY)
+
+    async def watch() -> int:
+        with ThreadPoolExecutor(1) as threads:
+            metrics = Metrics(attachments=dict, spooled=int)
+            leases = Leases(lambda _: None, threads, metrics)
+            with pytest.raises(PermissionError):
+                leases.watch(Lease(Holder(os.getpid(), 1), frozenset(), fd))
+            return len(leases)
+
+    assert asyncio.run(watch()) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 # Launchers written in Python.

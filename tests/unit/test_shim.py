@@ -15,6 +15,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Self
 
 import pytest
 
+from extbridge.client import take_taps
 from extbridge.demo.lab import Lab, run
 from extbridge.node.install import install_launcher, install_shim
 from extbridge.spec import versions
@@ -1021,7 +1023,11 @@ def hang_up_before_the_last_frame(connection: Connection) -> None:
 
 
 BROKEN_HAND_OFFS: dict[str, Callable[[Connection], None]] = {
-    **{how: MISBEHAVIOURS[how] for how in MISBEHAVIOURS if "too" not in how and "fd" not in how},
+    **{
+        how: misbehave
+        for how, misbehave in MISBEHAVIOURS.items()
+        if "too" not in how and "fd" not in how and misbehave not in (hang_up, hang_up_at_once)
+    },
     "is too long": send_instead(struct.pack("<I", 512 * KIB + 1)),
     "has no count": send_instead(framed(b"\0\0\0\0")),
     "has neither taps nor command": send_instead(tap_answer([])),
@@ -1048,6 +1054,57 @@ def test_hand_off_that_is_none(programs: Programs, tap_socket: Path, how: str) -
         with accept() as connection:
             BROKEN_HAND_OFFS[how](connection)
             assert launched.end().refusal
+
+
+@pytest.mark.parametrize("misbehave", [hang_up_at_once, hang_up])
+def test_launcher_that_is_hung_up_on_asks_again(
+    programs: Programs, tap_socket: Path, misbehave: Callable[[Connection], None]
+) -> None:
+    """An agent that ends before it says anything is not the launcher's end: the next is asked."""
+    with listening(tap_socket) as accept:
+        launched = programs.launch("echo", "ran")
+        for _ in range(2):
+            with accept() as connection:
+                misbehave(connection)
+        with accept() as connection:
+            connection.request()
+            connection.send(tap_answer([], "echo", "ran"))
+        assert launched.end() == Ended(0, b"ran\n", "")
+
+
+def test_launcher_does_not_ask_for_ever(impatient: Programs, tap_socket: Path) -> None:
+    """A launcher that everybody hangs up on says so in the end."""
+    with ExitStack() as closing:
+        accept = closing.enter_context(listening(tap_socket))
+        launched = impatient.launch("echo", "ran")
+        for _ in range(1000):
+            with accept() as connection:
+                hang_up(connection)
+            time.sleep(0.05)
+            if launched.process.poll() is not None:
+                break
+        assert "no answer" in launched.end().refusal
+
+
+def test_python_launcher_asks_again(tap_socket: Path, run_dir: Path) -> None:
+    """take_taps() too waits for an agent whose queue is full, or that hangs up."""
+    with (
+        listening(tap_socket, backlog=0) as accept,
+        ExitStack() as filled,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        taken = fill_queue(tap_socket, filled)
+        asking = threads.submit(take_taps, run=run_dir)
+        time.sleep(0.2)
+        for _ in range(taken):
+            filled.enter_context(accept())
+        for misbehave in (hang_up_at_once, hang_up):
+            with accept() as connection:
+                misbehave(connection)
+        with accept() as connection:
+            connection.request()
+            connection.send(tap_answer([], "[]"))
+        assert asking.result(SECONDS) == []
 
 
 def test_hand_off_has_one_deadline(impatient: Programs, tap_socket: Path) -> None:

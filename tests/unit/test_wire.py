@@ -62,13 +62,15 @@ def test_environment_without_an_end_is_refused(cut: int) -> None:
 
 
 def test_number_of_variables_is_bounded() -> None:
-    """A request can hold no more variables than are quickly read."""
+    """A pod's request can hold no more variables than are quickly read; the node's root may."""
     environ = {f"CNI_{number}": "x" for number in range(wire.MAX_VARIABLES)}
-    payload = wire.encode_request(wire.CNI, environ, b"body\0\0")
-    assert wire.decode_request(payload, wire.CNI).environ == environ
+    payload = wire.encode_request(wire.TAPS, environ, b"body\0\0")
+    assert wire.decode_request(payload, wire.TAPS).environ == environ
     environ["CNI"] = ""
     with pytest.raises(WireError, match="1000 variables"):
-        wire.decode_request(wire.encode_request(wire.CNI, environ, b""), wire.CNI)
+        wire.decode_request(wire.encode_request(wire.TAPS, environ, b""), wire.TAPS)
+    payload = wire.encode_request(wire.CNI, environ, b"")
+    assert wire.decode_request(payload, wire.CNI).environ == environ
 
 
 @given(st.lists(strings))
@@ -134,6 +136,20 @@ def test_frame_arrives_however_it_is_cut(cut: int) -> None:
             for fd, file in zip(frame.fds, files, strict=True):
                 assert os.path.samestat(os.fstat(fd), os.fstat(file))
         assert frame.fds == []
+
+
+@pytest.mark.parametrize("cut", range(len(PAYLOAD) + 4))
+def test_frame_that_a_thread_began_is_finished(cut: int) -> None:
+    """What has come when a thread stops waiting is not lost to the event loop, fds included."""
+    ours, theirs = nonblocking_pair()
+    with ours, theirs, some_files(1) as files:
+        receiving = wire.Receiving(ours, limit=LIMIT, max_fds=1)
+        send(theirs, framed(PAYLOAD)[:cut], files)
+        assert receiving.wait(seconds=0.001) is None
+        send(theirs, framed(PAYLOAD)[cut:], files if cut == 0 else ())
+        with closing(asyncio.run(receiving.finish())) as frame:
+            assert (frame.payload, len(frame.fds)) == (PAYLOAD, 1)
+            assert receiving.wait(seconds=0) is frame
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, wire.MAX_CNI_BYTES])

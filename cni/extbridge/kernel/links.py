@@ -228,12 +228,20 @@ def list_links(route: Netlink) -> list[Link]:
     return [_parse(answer) for answer in answers]
 
 
-def list_our_links(route: Netlink) -> list[Link]:
-    """The macvtaps of the socket's namespace that extbridge made."""
+def list_our_links(route: Netlink, *, at_most: int | None = None) -> list[Link]:
+    """The macvtaps of the socket's namespace that extbridge made.
+
+    OSError E2BIG where the namespace has more macvtaps than `at_most`, whoever made them: a pod may
+    be able to make thousands, and to list them takes tens of milliseconds.
+    """
     # The kernel leaves out what is of another kind (link_kind_filtered), if it knows the kind.
     kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "macvtap"))
     answers = route.request(
-        _RTM_GETLINK, _lookup(0) + kind, flags=netlink.NLM_F_DUMP, what="RTM_GETLINK macvtaps"
+        _RTM_GETLINK,
+        _lookup(0) + kind,
+        flags=netlink.NLM_F_DUMP,
+        at_most=at_most,
+        what="RTM_GETLINK macvtaps",
     )
     return [link for link in map(_parse, answers) if link.ours]
 

@@ -127,15 +127,19 @@ class Netlink:
         """Close the socket."""
         self._socket.close()
 
-    def request(self, kind: int, payload: bytes, *, flags: int = 0, what: str) -> list[bytes]:
+    def request(
+        self, kind: int, payload: bytes, *, flags: int = 0, at_most: int | None = None, what: str
+    ) -> list[bytes]:
         """Send one message, return the payloads of its answers (none but for GET and dumps).
 
+        More answers than `at_most` are refused with E2BIG while they come; the rest is left unread,
+        so the socket is of no more use.
         `what` names the call and the object in the OSError that the kernel's refusal becomes; its
         text is the kernel's extended acknowledgement where there is one.
         """
         for _ in range(_DUMP_TRIES):
             last = self._send([(kind, flags | NLM_F_REQUEST | NLM_F_ACK, payload)])
-            answers = self._receive(last, last, what)
+            answers = self._receive(last, last, what, at_most)
             if answers is not None:
                 return answers
         raise OSError(errno.EINTR, f"{what}: what is listed changes all the time")
@@ -170,7 +174,9 @@ class Netlink:
         self._socket.send(data)
         return self._sequence
 
-    def _receive(self, first: int, last: int, what: str) -> list[bytes] | None:
+    def _receive(
+        self, first: int, last: int, what: str, at_most: int | None = None
+    ) -> list[bytes] | None:
         """Collect answers until message `last` is done with, or any from `first` on is refused.
 
         None for a dump during which what it lists has changed (nl_dump_check_consistent).
@@ -199,6 +205,8 @@ class Netlink:
                     if sequence == last:
                         return answers if consistent else None
                 elif sequence == last:
+                    if len(answers) == at_most:
+                        raise OSError(errno.E2BIG, f"{what}: there are more than {at_most}")
                     answers.append(payload)
 
 

@@ -57,10 +57,14 @@ class AnsweringThreads:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+        os.close(self._end)
+
+    def close(self) -> None:
+        """Answer nobody who connects from now on, and finish what has begun."""
         os.eventfd_write(self._end, 1)
         for thread in self._threads:
             thread.join()
-        os.close(self._end)
 
     @property
     def in_flight(self) -> int:
@@ -79,8 +83,10 @@ class AnsweringThreads:
                 peer = self._accept()
             if peer is None:
                 return
-            self._answer(peer)
-            self._in_flight.discard(peer)
+            try:
+                self._answer(peer)
+            finally:
+                self._in_flight.discard(peer)
 
     def _accept(self) -> socket.socket | None:
         """The next connection; None when the block has ended."""

@@ -56,7 +56,7 @@ def run_agent(
         hand_off=partial(broker.hand_off, ledger=ledger),
         release=release,
         leases=partial(broker.leases_of, ledger),
-        replay_spool=partial(reconcile.replay_spool, spool, served),
+        replay_spool=partial(reconcile.replay_spool, spool, served, ledger),
         repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(_report_networks, networks_dir),
         spool=spool,

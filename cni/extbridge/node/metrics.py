@@ -72,7 +72,7 @@ class Metrics:
         )
         self.repairs = Counter(
             "extbridge_reconcile_repairs",
-            "What was found amiss at a start and put right, by kind.",
+            "What was found amiss, at a start or in the spool, and put right, by kind.",
             ("kind",),
             registry=self._registry,
         )

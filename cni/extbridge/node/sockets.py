@@ -43,6 +43,8 @@ def listening(run: Path) -> Iterator[Sockets]:
     Raises TryAgainLater if another agent serves the folder.
     """
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Who mounts a folder that is not there yet, as kubelet does, makes it for all to see.
+    run.chmod(0o700)
     (run / SPOOL_FOLDER).mkdir(mode=0o700, exist_ok=True)
     pod = run / POD_FOLDER
     pod.mkdir(exist_ok=True)

@@ -34,10 +34,12 @@ REQUEST_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 5.0
 
 _U32 = struct.Struct("<I")
-_MAGIC = b"xb" + bytes([VERSION])
+MARK: Final = b"xb"
+"""What a request starts with in every version of the protocol."""
+
+_MAGIC = MARK + bytes([VERSION])
 _FD = struct.Struct("=i")
 _CHUNK = 1 << 18
-_PEEK = 1 << 12
 
 
 class WireError(Exception):
@@ -67,45 +69,57 @@ class Request:
 
 async def receive_frame(connection: socket.socket, *, limit: int, max_fds: int) -> Frame:
     """The next frame on a non-blocking socket; raises WireError. The caller sets the deadline."""
-    steps = _receive(connection, limit, max_fds)
-    with contextlib.closing(steps):
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                frame: Frame = done.value
-                return frame
-            await _ready(connection, write=False)
+    with contextlib.closing(Receiving(connection, limit=limit, max_fds=max_fds)) as receiving:
+        return await receiving.finish()
 
 
 def wait_for_frame(connection: socket.socket, *, limit: int, max_fds: int, seconds: float) -> Frame:
     """The same for those without an event loop; raises TimeoutError after so many seconds."""
-    deadline = time.monotonic() + seconds
-    steps = _receive(connection, limit, max_fds)
-    readable = select.poll()
-    readable.register(connection, select.POLLIN)
-    with contextlib.closing(steps):
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                frame: Frame = done.value
-                return frame
-            if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError(f"no frame in {seconds:g} s")
+    with contextlib.closing(Receiving(connection, limit=limit, max_fds=max_fds)) as receiving:
+        frame = receiving.wait(seconds=seconds)
+        if frame is None:
+            raise TimeoutError(f"no frame in {seconds:g} s")
+        return frame
 
 
-def frame_waits(connection: socket.socket, *, seconds: float) -> bool:
-    """Whether a frame, if it is a small one, is there whole within so many seconds; it stays there.
+class Receiving:
+    """A frame as far as it has come on a non-blocking socket, begun by a thread or an event loop.
 
-    So that it can be received without waiting, by who cannot be kept waiting.
+    The other may finish it. Until the frame is whole, its fds are this object's: `close` it.
     """
-    readable = select.poll()
-    readable.register(connection, select.POLLIN)
-    if not readable.poll(seconds * 1000):
-        return False
-    there = connection.recv(_PEEK, socket.MSG_PEEK)
-    return len(there) >= _U32.size and len(there) - _U32.size >= _U32.unpack_from(there)[0]
+
+    def __init__(self, connection: socket.socket, *, limit: int, max_fds: int) -> None:
+        self._connection = connection
+        self._steps = _receive(connection, limit, max_fds)
+        self._frame: Frame | None = None
+
+    def close(self) -> None:
+        """Give up what has come of a frame that is not whole."""
+        self._steps.close()
+
+    def wait(self, *, seconds: float) -> Frame | None:
+        """The frame, None if it is not whole within so many seconds; raises WireError."""
+        deadline = time.monotonic() + seconds
+        readable = select.poll()
+        readable.register(self._connection, select.POLLIN)
+        while (frame := self._pull()) is None:
+            if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                break
+        return frame
+
+    async def finish(self) -> Frame:
+        """The frame; raises WireError. The caller sets the deadline."""
+        while (frame := self._pull()) is None:
+            await _ready(self._connection, write=False)
+        return frame
+
+    def _pull(self) -> Frame | None:
+        if self._frame is None:
+            try:
+                next(self._steps)
+            except StopIteration as done:
+                self._frame = done.value
+        return self._frame
 
 
 class Sending:
@@ -114,6 +128,11 @@ class Sending:
     def __init__(self, payload: bytes, fds: Sequence[int] = ()) -> None:
         self._left = memoryview(frame_head(payload) + payload)
         self._rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+    @property
+    def done(self) -> bool:
+        """Whether the socket has taken all of it."""
+        return not self._left
 
     def push(self, connection: socket.socket) -> bool:
         """Send what a non-blocking socket takes now; whether that was the last of it."""
@@ -151,11 +170,12 @@ def decode_request(payload: bytes, kind: bytes) -> Request:
     if rest.startswith(b"\0"):
         return Request({}, rest[1:])
     environ, ended, body = rest.partition(b"\0\0")
-    variables = [it.partition(b"=") for it in environ.split(b"\0", MAX_VARIABLES)]
+    # Each takes time that others have to wait; the node's own root is trusted with it.
+    most = MAX_VARIABLES if kind == TAPS else -1
+    variables = [it.partition(b"=") for it in environ.split(b"\0", most)]
     if not ended or not all(given for _, given, _ in variables):
         raise WireError("a request whose environment has no end")
-    if len(variables) > MAX_VARIABLES:
-        # Each costs the event loop, for which others wait.
+    if kind == TAPS and len(variables) > MAX_VARIABLES:
         raise WireError(f"a request of more than {MAX_VARIABLES} variables")
     return Request({os.fsdecode(n): os.fsdecode(value) for n, _, value in variables}, body)
 

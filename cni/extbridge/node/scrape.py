@@ -1,0 +1,52 @@
+"""The metrics' socket: HTTP as far as a scraper needs it, whatever it asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+
+from extbridge.node import wire
+from extbridge.node.metrics import CONTENT_TYPE
+
+log = logging.getLogger(__name__)
+
+_REQUEST_BYTES: Final = 8 << 10
+_OUT_OF_FDS_SECONDS: Final = 0.05
+
+
+async def accept_scrapers(listening: socket.socket, begin: Callable[[socket.socket], None]) -> None:
+    """Give each connection to `begin`, which owns it from then on; never ends."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listening)
+        except OSError as error:
+            # Out of fds: those in flight will give some back.
+            log.warning("accept: %s", error)
+            await asyncio.sleep(_OUT_OF_FDS_SECONDS)
+            continue
+        begin(connection)
+        # As long as connections wait, sock_accept does not: everything else would.
+        await asyncio.sleep(0)
+
+
+async def serve_scraper(
+    connection: socket.socket, render: Callable[[], bytes], threads: Executor
+) -> None:
+    """Answer one request; `render` is called in a thread. Raises TimeoutError, OSError."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(wire.REQUEST_SECONDS):
+        asked = b""
+        while b"\r\n\r\n" not in asked and len(asked) < _REQUEST_BYTES:
+            more = await loop.sock_recv(connection, _REQUEST_BYTES)
+            if not more:
+                return
+            asked += more
+    body = await loop.run_in_executor(threads, render)
+    head = f"HTTP/1.0 200 OK\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}"
+    async with asyncio.timeout(wire.ANSWER_SECONDS):
+        await loop.sock_sendall(connection, head.encode() + b"\r\n\r\n" + body)
