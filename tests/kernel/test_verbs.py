@@ -145,7 +145,7 @@ def test_gc_keeps_what_is_valid_and_what_is_not_its_own(cni: Cni, lab: Lab, nic:
     answer = cni("GC", {**config, "cni.dev/valid-attachments": valid}, **NO_ATTACHMENT)
     assert answer == SILENT
     assert [link_names(pod) - {"lo"} for pod in pods] == [{"net1"}, {"net2", "net3", "foreign"}]
-    assert [run("nft", "list", "tables", netns=pod).count("extbridge_") for pod in pods] == [1, 2]
+    assert [run("nft", "list", "tables", netns=pod).count("extbridge_") for pod in pods] == [2, 4]
     assert ledger_of(cni.run_dir) == ["c0", "c0/net1.json", "c1", "c1/net2.json", "c1/net3.json"]
 
 
@@ -243,7 +243,8 @@ def test_status_says_why_no_add_would_succeed(
 
 
 @pytest.mark.parametrize(
-    "keys", [{"extbridge": {"dev": {"match": "e*"}}}, {"ipam": {"type": "x"}}, {"mtuu": 1500}]
+    "keys",
+    [{"extbridge": {"dev": {}}}, {"trust": True, "antispoof": "mac"}, {"ipam": {}, "mtuu": 1500}],
 )
 def test_status_refuses_a_configuration_that_every_add_refuses(
     cni: Cni, nic: Nic, keys: dict[str, object]
