@@ -6,7 +6,6 @@ the node agent; what differs is only who reads the request and who prints the an
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,8 +69,6 @@ from extbridge.spec.errors import (
 from extbridge.spec.request import VALID_ATTACHMENTS, Request, Verb
 from extbridge.spec.result import add_interface, add_ip, prev_interface, start_from
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -99,6 +96,7 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
         held = closing.enter_context(node.ledger.hold(request.container_id))
         pod = closing.enter_context(opened_pod(netns))
         former = _former_names(request, len(nics), held, pod, node)
+        made: list[Entry] = []
         for n, nic in enumerate(nics):
             if n > 0:
                 # Of a pool the first may have got fuller, or be taken whole.
@@ -117,17 +115,13 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
             undo.callback(sweep, pod)
             undo.callback(detach, entry, held=held, pod=pod, host_process=node.host_process)
             _add_to(result, entry, request)
-            log.info(
-                "attached",
-                extra={
-                    "container": entry.container_id,
-                    "nic": entry.lower,
-                    "link": entry.ifname,
-                    "network": entry.definition,
-                    "mac": entry.mac,
-                },
-            )
+            made.append(entry)
         undo.pop_all()
+    request.notes.update(
+        networks=",".join(entry.definition for entry in made),
+        nics=",".join(entry.lower for entry in made),
+        macs=",".join(entry.mac for entry in made),
+    )
     return result
 
 

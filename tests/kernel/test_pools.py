@@ -200,7 +200,7 @@ def test_pool_is_counted_by_nic(agent: Agent, shim: Cni, lab: Lab, nics: list[Ni
     metrics = agent.metrics()
     assert metrics["extbridge_attachments"] == 4
     assert [metrics[f"extbridge_nic_attachments{{nic={nic.name}}}"] for nic in nics] == [2, 1, 1]
-    assert f"nic={nics[1].name}" in agent.log
+    assert f"networks=poolnet nics={nics[1].name} " in agent.log
 
 
 def test_single_nic_in_a_list_is_that_nic(cni: Cni, nics: list[Nic], pod: str) -> None:

@@ -235,6 +235,7 @@ class Agent:
             "ifname": request.environ.get("CNI_IFNAME", ""),
             "code": answer.code,
             "ms": round(seconds * 1000, 2),
+            **answer.notes,
         }
         if answer.code:
             log.warning("%s failed: %s", verb, answer.stdout.decode().strip(), extra=about)

@@ -7,6 +7,7 @@ whatever has been read by its number counts only if the pinned process still liv
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import select
 import socket
@@ -19,7 +20,7 @@ from typing import Final
 
 from extbridge.kernel import netlink
 from extbridge.kernel.netlink import Netlink
-from extbridge.kernel.netns import inside, is_own
+from extbridge.kernel.netns import inside
 from extbridge.spec.errors import NotPermitted
 
 _SO_PEERPIDFD = 77
@@ -99,8 +100,9 @@ def is_node_root(connection: socket.socket) -> bool:
     Root in a pod has uid 0 too; it stands in the pod's namespace.
     """
     try:
-        with pinned_peer(connection) as peer, peers_netns(peer) as netns:
-            return peer.uid == 0 and is_own(netns)
+        with pinned_peer(connection) as peer:
+            # Asked for before: had it ended by then, the number could have been another's.
+            return peer.uid == 0 and netns_of(peer.pid) == _own_netns() and peer.lives()
     except NotPermitted:
         return False
 
@@ -111,6 +113,11 @@ def netns_of(pid: int) -> int:
         return os.stat(f"/proc/{pid}/ns/net").st_ino
     except OSError:
         return 0
+
+
+@functools.cache
+def _own_netns() -> int:
+    return os.stat("/proc/self/ns/net").st_ino
 
 
 def pidfd_of(pid: int) -> int | None:

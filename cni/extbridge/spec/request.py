@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -56,7 +56,8 @@ class Request:
     """A validated request; what the verb does not need, or the runtime did not give, is empty.
 
     `netns_fd` is `netns`, opened by who could see it: an agent's container may not. None: open the
-    path. The fd stays the caller's.
+    path. The fd stays the caller's. `notes` are for the verb to fill: what a log should know of it
+    besides.
     """
 
     verb: Verb
@@ -70,6 +71,7 @@ class Request:
     name: str
     prev_result: Mapping[str, object] | None
     netns_fd: int | None = None
+    notes: dict[str, object] = field(default_factory=dict, hash=False, compare=False)
 
 
 _REQUIRED: Final[Mapping[Verb, tuple[str, ...]]] = {

@@ -12,7 +12,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Final, TextIO, TypeAlias
 
 from extbridge.spec import versions
@@ -48,12 +48,16 @@ _REMEDIES: Final[Mapping[int | None, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a runtime gets, and in stderr what people get besides; code is the error's, or 0."""
+    """What a runtime gets, and in stderr and notes what people get besides.
+
+    `code` is the error's, or 0; `notes` are the request's.
+    """
 
     exit_code: int
     stdout: bytes
     stderr: str = ""
     code: int = 0
+    notes: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
 def main(
@@ -90,7 +94,8 @@ def run(
         if request.verb is Verb.VERSION:
             return Answer(0, _encode(versions.report_versions(request.cni_version)))
         result = verbs[request.verb](request)
-        return Answer(0, _encode(result) if request.verb is Verb.ADD else b"")
+        told = _encode(result) if request.verb is Verb.ADD else b""
+        return Answer(0, told, notes=request.notes)
     except Exception as failure:  # noqa: BLE001 - a runtime understands nothing but JSON
         return answer_failure(failure, stdin)
 
