@@ -8,6 +8,7 @@ what an IPAM plugin is run in must not be the pod's.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,14 +40,17 @@ from extbridge.ledger import Entry, Held, Ledger
 from extbridge.network.definition import Antispoof, Handoff, Mode
 from extbridge.nics import holders_of
 from extbridge.spec.errors import (
+    CniError,
     InvalidNetworkConfig,
     KernelRefused,
     MacInUse,
     NameTaken,
     NicBusy,
-    TryAgainLater,
+    OutOfReach,
 )
 from extbridge.spec.request import find_name_fault
+
+log = logging.getLogger(__name__)
 
 _INDEX_TRIES: Final = 3
 """How often another ifindex is tried; more in a row that are taken are not chance any more."""
@@ -119,8 +123,7 @@ def attach(
     """
     if draft.ifindex and has_node(draft.ifindex):
         raise _device_taken(draft, ledger)
-    # Of what the plugin has not given yet there is nothing to release.
-    entry = replace(draft, delegation=None)
+    entry = draft
 
     def intend(intended: Entry) -> None:
         nonlocal entry
@@ -128,15 +131,19 @@ def attach(
         held.write(entry)
 
     def unmake() -> None:
-        detach(entry, held=held, pod=pod, host_process=host_process)
+        undo_attachment(entry, held=held, pod=pod, host_process=host_process)
 
     with ExitStack() as undo:
-        undo.callback(sweep, pod)
         undo.callback(unmake)
         if draft.delegation is not None:
-            held.write(draft)
-            delegation = parse_delegation(draft.delegation)
-            draft = replace(draft, addressing=ipam_add(delegation, host_process=host_process))
+            intend(draft)
+            try:
+                addressing = ipam_add(parse_delegation(draft.delegation), host_process=host_process)
+            except InvalidNetworkConfig:
+                # A plugin that is not there has nothing to release either.
+                entry = replace(draft, delegation=None)
+                raise
+            draft = replace(draft, addressing=addressing)
             intend(draft)
         lower = _made(draft, lowers, ledger=ledger, intend=intend, host=host, netns=pod.netns)
         if entry.mode == Mode.PASSTHRU:
@@ -183,6 +190,18 @@ def detach(entry: Entry, *, held: Held, pod: Pod | None, host_process: int | Non
     held.remove(entry.ifname)
 
 
+def undo_attachment(entry: Entry, *, held: Held, pod: Pod, host_process: int | None = None) -> None:
+    """Unmake what a failed ADD has made, whose error is the one to tell: others go to the log.
+
+    What cannot be undone now keeps its entry, for the runtime's DEL.
+    """
+    try:
+        detach(entry, held=held, pod=pod, host_process=host_process)
+        sweep(pod)
+    except (CniError, OSError) as error:
+        log.warning("rollback of %s of %s: %s", entry.ifname, entry.container_id, error)
+
+
 def sweep(pod: Pod) -> None:
     """Remove from the pod what was laid on links of ours that are gone."""
     unshape_absent(pod.route)
@@ -193,12 +212,12 @@ def sweep(pod: Pod) -> None:
 def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None) -> None:
     """Unmake the attachment in the namespace in which its entry says that it was made.
 
-    Raises TryAgainLater if that cannot be reached at its path, and has not ended either.
+    Raises OutOfReach if that cannot be reached at its path, and has not ended either.
     """
     with opened_netns(entry.netns) as netns:
         if netns is None or netns_inode(netns) != entry.netns_inode:
             if not _ends(entry):
-                raise TryAgainLater(
+                raise OutOfReach(
                     f"{entry.ifname} of {entry.container_id} is there, but its namespace is not at"
                     f" {entry.netns}",
                     "a process still stands in the namespace, or its path cannot be seen from here",

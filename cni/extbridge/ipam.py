@@ -186,20 +186,13 @@ def parse_delegation(obj: JsonObject, *, where: str = "") -> Delegation:
 def ipam_add(
     delegation: Delegation, *, host_process: int | None = None, seconds: float = DEADLINE
 ) -> Addressing:
-    """Have addresses assigned. When it fails, the plugin was told to release (section 4).
+    """Have addresses assigned. When it fails, ipam_del is due: some may have been (section 4).
 
     Raises IpamFailure, TryAgainLater, and InvalidNetworkConfig for a plugin that is not there.
     """
     executable = _find(delegation, host_process)
-    try:
-        stdout = _call(executable, "ADD", delegation, seconds=seconds)
-        return _read_addressing(executable, stdout)
-    except BaseException:
-        try:
-            ipam_del(delegation, host_process=host_process, seconds=seconds)
-        except CniError as failure:
-            log.warning("after a failed ADD: %s", failure)
-        raise
+    stdout = _call(executable, "ADD", delegation, seconds=seconds)
+    return _read_addressing(executable, stdout)
 
 
 def ipam_del(
@@ -458,7 +451,7 @@ def _find(delegation: Delegation, host_process: int | None) -> _Executable:
     places = ", ".join(f"{root}{folder}" for folder in delegation.path)
     raise InvalidNetworkConfig(
         f"ipam.type: there is no IPAM plugin {name} in {places or 'an empty CNI_PATH'}",
-        "install it there; host-local, static and dhcp come with containernetworking's plugins",
+        "install it there; host-local and static come with containernetworking's plugins",
     )
 
 

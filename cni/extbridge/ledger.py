@@ -240,6 +240,7 @@ class Ledger:
             self._remembered.pop(container_id, None)
 
     def _entries_of(self, container_id: str) -> list[Entry]:
+        now = time.time_ns()
         try:
             changed = os.stat(os.path.join(self._folder, container_id)).st_mtime_ns
         except FileNotFoundError:
@@ -249,7 +250,7 @@ class Ledger:
             return remembered[1]
         entries = self.of(container_id)
         # What changes within a tick of the clock has the same time (current_time); it is read anew.
-        if time.time_ns() - changed > _TICK_NS:
+        if now - changed > _TICK_NS:
             self._remembered[container_id] = (changed, entries)
         return entries
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from extbridge.kernel.links import (
@@ -20,6 +20,7 @@ from extbridge.kernel.links import (
     list_links,
 )
 from extbridge.kernel.netlink import Netlink
+from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Ledger
 from extbridge.network.definition import Mode, Network, NicSelector
 from extbridge.spec.errors import CniError, InvalidNetworkConfig, NicBusy, TryAgainLater
@@ -82,21 +83,22 @@ def _selected(host: Netlink, dev: NicSelector) -> list[Link]:
     if dev.names:
         by_name = {link.name: link for link in links}
         return [by_name[name] for name in dev.names if name in by_name]
+    routed = default_route_links(host) if dev.route is not None else set()
     # By name, numbers as such: eth2 before eth10.
     return sorted(
-        (link for link in links if _matches(host, link, dev)),
+        (link for link in links if _matches(link, dev, routed)),
         key=lambda link: [int(it) if it.isdigit() else it for it in re.split(r"(\d+)", link.name)],
     )
 
 
-def _matches(host: Netlink, link: Link, dev: NicSelector) -> bool:
+def _matches(link: Link, dev: NicSelector, routed: Collection[int]) -> bool:
     """Whether the link is all that the selector says; macvtaps on a NIC are never meant."""
     tests: list[tuple[str | None, Callable[[str], bool]]] = [
         (dev.match, lambda pattern: fnmatchcase(link.name, pattern)),
         (dev.pci, lambda address: link.pci == address),
         (dev.mac, lambda mac: mac == (link.permanent_mac or link.mac)),
         (dev.driver, lambda driver: driver_of(link.name) == driver),
-        (dev.route, lambda _: link.ifindex in default_route_links(host)),
+        (dev.route, lambda _: link.ifindex in routed),
     ]
     return (
         link.ethernet
@@ -152,7 +154,9 @@ def _none_usable(network: Network, faults: list[CniError]) -> CniError:
 def _attachments_by_nic(ledger: Ledger) -> Mapping[int, list[Entry]]:
     found: defaultdict[int, list[Entry]] = defaultdict(list)
     for entry in ledger.entries():
-        found[entry.lower_ifindex].append(entry)
+        # One that is still to be released may have no link any more.
+        if has_node(entry.ifindex):
+            found[entry.lower_ifindex].append(entry)
     return found
 
 

@@ -23,6 +23,7 @@ from extbridge.attachment import (
     free_ifname,
     opened_pod,
     sweep,
+    undo_attachment,
 )
 from extbridge.ipam import (
     Delegation,
@@ -62,6 +63,7 @@ from extbridge.spec.errors import (
     LimitedConnectivity,
     NameTaken,
     NicBusy,
+    OutOfReach,
     PluginNotAvailable,
     TryAgainLater,
     UnknownContainer,
@@ -92,10 +94,10 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     with ExitStack() as closing, ExitStack() as undo:
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
         netns = _pods_netns(request, closing)
-        pools = [usable_nics(host, nic.network, node.ledger) for nic in nics]
         held = closing.enter_context(node.ledger.hold(request.container_id))
         pod = closing.enter_context(opened_pod(netns))
         former = _former_names(request, len(nics), held, pod, node)
+        pools = [usable_nics(host, nic.network, node.ledger) for nic in nics]
         made: list[Entry] = []
         for n, nic in enumerate(nics):
             if n > 0:
@@ -112,8 +114,9 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
                 pod=pod,
                 host_process=node.host_process,
             )
-            undo.callback(sweep, pod)
-            undo.callback(detach, entry, held=held, pod=pod, host_process=node.host_process)
+            undo.callback(
+                undo_attachment, entry, held=held, pod=pod, host_process=node.host_process
+            )
             _add_to(result, entry, request)
             made.append(entry)
         undo.pop_all()
@@ -137,13 +140,20 @@ def cmd_del(request: Request, node: Node) -> None:
         pod = closing.enter_context(opened_pod(netns)) if netns is not None and is_pods else None
         held = closing.enter_context(_held_if_possible(node.ledger, request.container_id))
         released = False
+        failures: list[Exception] = []
         if held is not None:
             for entry in held.entries():
-                if entry.cni_ifname == request.ifname:
-                    # Out of reach for now: the entry stays, for GC or the agent's next start.
-                    with suppress(TryAgainLater):
-                        _detach(entry, held, pod, node)
-                    released = released or entry.delegation is not None
+                if entry.cni_ifname != request.ifname:
+                    continue
+                released = released or entry.delegation is not None
+                try:
+                    _detach(entry, held, pod, node)
+                except OutOfReach:
+                    # For now: the entry stays, for GC or the agent's next start.
+                    continue
+                except (CniError, OSError) as failure:
+                    # One that cannot be unmade does not keep the others.
+                    failures.append(failure)
             held.sweep(request.ifname)
         if pod is not None:
             before = prev_interface(request.prev_result, request.ifname) or {}
@@ -152,6 +162,8 @@ def cmd_del(request: Request, node: Node) -> None:
             sweep(pod)
         if not released:
             _release_unrecorded(request, node, is_there=pod is not None)
+        if failures:
+            raise failures[0]
 
 
 def cmd_check(request: Request, node: Node) -> None:
@@ -230,11 +242,6 @@ def cmd_status(request: Request, node: Node) -> None:
             raise PluginNotAvailable(
                 f"network {network.name}: {error.message}", error.hint
             ) from error
-    if not lower.carrier:
-        raise LimitedConnectivity(
-            f"network {network.name}: {lower.name} has no carrier",
-            "check the cable and the switch port",
-        )
     if network.ipam is not None:
         try:
             ipam_status(_delegation(request, network), host_process=node.host_process)
@@ -242,6 +249,11 @@ def cmd_status(request: Request, node: Node) -> None:
             raise PluginNotAvailable(
                 f"network {network.name}: {error.message}", error.hint
             ) from error
+    if not lower.carrier:
+        raise LimitedConnectivity(
+            f"network {network.name}: {lower.name} has no carrier",
+            "check the cable and the switch port",
+        )
 
 
 def verbs(node: Node) -> skel.Verbs:
@@ -393,7 +405,7 @@ def _former_names(
 def _detach(entry: Entry, held: Held, pod: Pod | None, node: Node) -> None:
     """Unmake the attachment: in `pod`, where the thread stands, if it was made there.
 
-    Raises TryAgainLater if its namespace lives but cannot be reached.
+    Raises OutOfReach if its namespace lives but cannot be reached.
     """
     if pod is not None and netns_inode(pod.netns) == entry.netns_inode:
         detach(entry, held=held, pod=pod, host_process=node.host_process)
@@ -466,6 +478,11 @@ def _result_differences(entry: Entry, request: Request) -> list[str]:
         ("sandbox", request.netns, fields.get_str(told, "sandbox") or request.netns),
         ("MTU", entry.mtu, fields.get_int(told, "mtu") or entry.mtu),
     ]
+    given = entry.addressing.addresses if entry.addressing is not None else ()
+    ips = fields.get_objects(request.prev_result or {}, "ips", where="prevResult") or []
+    addresses = {fields.get_str(ip, "address") for ip in ips}
+    missing = [address.address for address in given if address.address not in addresses]
+    compared += [("address", address, "missing") for address in missing]
     return [
         f"{entry.ifname}: {what} is {found!r} in prevResult, ADD made it {made!r}"
         for what, made, found in compared

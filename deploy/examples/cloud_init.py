@@ -38,8 +38,8 @@ def _ethernet(tap: Tap) -> dict[str, object]:
         for route in given.routes
         if (via := route.gw or gateways.get(":" in route.dst))
     ]
-    if routes:
-        said["routes"] = routes
+    # Without any route a guest's way out is what gateway its address has.
+    said["routes"] = routes or [{"to": "default", "via": via} for via in gateways.values()]
     if given.dns:
         names = {"addresses": given.dns.get("nameservers"), "search": given.dns.get("search")}
         said["nameservers"] = {key: value for key, value in names.items() if value}

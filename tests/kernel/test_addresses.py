@@ -24,8 +24,12 @@ PLUGINS: Final = "/usr/lib/cni"
 FAILING: Final = """\
 #!/bin/sh
 echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >>{folder}/asked
+if grep -qx "kill-at-$CNI_COMMAND" {folder}/failing-at; then
+    kill -9 $PPID
+fi
 if grep -qx "$CNI_COMMAND" {folder}/failing-at; then
-    echo '{{"code": 150, "msg": "the pool is on fire", "details": "put it out"}}'
+    code=$(cat {folder}/code 2>/dev/null || echo 150)
+    echo '{{"code": '$code', "msg": "the pool is on fire", "details": "put it out"}}'
     exit 1
 fi
 [ "$CNI_COMMAND" != ADD ] || echo '{{"ips": [{{"address": "192.0.2.9/24"}}]}}'
@@ -62,8 +66,9 @@ class Failing:
 
     folder: Path
 
-    def fail_at(self, *verbs: str) -> None:
-        """Fail at these verbs from now on."""
+    def fail_at(self, *verbs: str, code: int = 150) -> None:
+        """Fail at these verbs from now on; at `kill-at-VERB` whoever has asked is killed."""
+        (self.folder / "code").write_text(str(code))
         (self.folder / "failing-at").write_text("".join(f"{verb}\n" for verb in verbs))
 
     def asked(self) -> list[str]:
@@ -267,14 +272,96 @@ def test_rollback_that_the_plugin_refuses_is_not_forgotten(
     """Where an address cannot be given back at once, the next DEL gives it back."""
     config = with_ipam(nic, {"type": "failing"}, mac=nic.mac)
     asked = {"NETNS": pod, "PATH": str(failing.folder)}
-    failing.fail_at("DEL")
-    assert cni("ADD", config, **asked).status == 1
+    failing.fail_at("DEL", code=11)
+    # What the runtime is told is why ADD failed, not why its rollback did.
+    assert cni("ADD", config, **asked).error["code"] == 104
     assert macvtaps(pod) == []
+    # Nor does DEL say that all is well while it is not.
+    assert cni("DEL", config, **asked).error["code"] == 11
+    assert len(Ledger(cni.run_dir).of("container-1")) == 1
     failing.fail_at()
     failing.asked()
     assert cni("DEL", config, **asked).status == 0
     assert failing.asked() == ["DEL container-1 net1"]
     assert leftovers(pod, cni.run_dir) == []
+
+
+@pytest.mark.parametrize("verb", ["ADD", "DEL"])
+@pytest.mark.parametrize("retry", [False, True])
+def test_killed_while_the_plugin_works(
+    cni: Cni, nic: Nic, pod: str, failing: Failing, *, verb: str, retry: bool
+) -> None:
+    """After kill -9 in the midst of a plugin's call, DEL releases, and a retried ADD succeeds."""
+    config = with_ipam(nic, {"type": "failing"})
+    asked = {"NETNS": pod, "PATH": str(failing.folder)}
+    if verb == "DEL":
+        assert cni("ADD", config, **asked).status == 0
+    failing.fail_at(f"kill-at-{verb}")
+    assert cni(verb, config, **asked).status == -9
+    failing.fail_at()
+    failing.asked()
+    if retry:
+        assert cni("ADD", config, **asked).status == 0
+        # What the one before may have been given is released first.
+        assert failing.asked() == ["DEL container-1 net1", "ADD container-1 net1"]
+    assert cni("DEL", config, **asked).status == 0
+    assert failing.asked() == ["DEL container-1 net1"]
+    assert leftovers(pod, cni.run_dir) == []
+
+
+def test_one_plugin_that_fails_does_not_keep_the_others(
+    cni: Cni, nic: Nic, pod: str, pool: Pool, failing: Failing, *, tmp_path: Path
+) -> None:
+    """Of a pod's NICs each is unmade as far as it can be, and what is left is not forgotten."""
+    networks = tmp_path / "networks"
+    networks.mkdir()
+    shared = {"mode": "vepa", "dev": nic.name}
+    (networks / "red.json").write_text(
+        json.dumps({"extbridge": shared, "ipam": {"type": "failing"}})
+    )
+    (networks / "sea.json").write_text(json.dumps({"extbridge": shared, "ipam": pool.ipam()}))
+    capability = "io.kubernetes.cri.pod-annotations"
+    config: dict[str, object] = {
+        "cniVersion": "1.0.0",
+        "name": "cluster",
+        "type": "extbridge",
+        "networksDir": str(networks),
+        "capabilities": {capability: True},
+        "runtimeConfig": {capability: {"extbridge.io/networks": "red,sea"}},
+        "prevResult": {"cniVersion": "1.0.0", "interfaces": [{"name": "net1", "sandbox": pod}]},
+    }
+    asked = {"NETNS": pod, "PATH": f"{failing.folder}:{PLUGINS}"}
+    assert cni("ADD", config, **asked).status == 0
+    failing.fail_at("DEL")
+    assert cni("DEL", config, **asked).error["code"] == 109
+    assert (macvtaps(pod), pool.leases("sea")) == ([], {})
+    assert [it.definition for it in Ledger(cni.run_dir).of("container-1")] == ["red"]
+    # Nor is an ADD's address forgotten that failed at both.
+    failing.fail_at("ADD", "DEL")
+    assert cni("ADD", config, **asked).error["code"] == 109
+    failing.fail_at()
+    failing.asked()
+    assert cni("DEL", config, **asked).status == 0
+    assert failing.asked() == ["DEL container-1 macvtap0"]
+    assert leftovers(pod, cni.run_dir) == []
+
+
+def test_check_holds_the_result_to_the_addresses(cni: Cni, nic: Nic, pod: str) -> None:
+    """A result that has lost a guest's address, or has another, is not what ADD made."""
+    ips = ["192.0.2.7/24"]
+    config = network_config(nic, antispoof="ip", runtimeConfig={"ips": ips})
+    result = cni("ADD", config, NETNS=pod).result
+    assert cni("CHECK", {**config, "prevResult": result}, NETNS=pod).status == 0
+    for wrong in ([], [{"address": "192.0.2.8/24"}]):
+        changed = {**config, "prevResult": {**result, "ips": wrong}}
+        error = cni("CHECK", changed, NETNS=pod).error
+        assert (error["code"], "192.0.2.7/24" in str(error["msg"])) == (106, True)
+
+
+def test_dhcp_is_the_guests_own(cni: Cni, nic: Nic, pod: str) -> None:
+    """The dhcp plugin, which would ask on the silenced link, is refused with what to do."""
+    error = cni("ADD", with_ipam(nic, {"type": "dhcp"}), NETNS=pod, PATH=PLUGINS).error
+    assert (error["code"], "a guest asks by itself" in str(error["details"])) == (7, True)
 
 
 def test_del_without_a_ledger_still_releases(cni: Cni, nic: Nic, pod: str, pool: Pool) -> None:
@@ -318,8 +405,9 @@ def test_agent_releases_what_is_gone(
     assert shim("ADD", config, NETNS=lab.pod("gone"), PATH=PLUGINS).status == 0
     assert len(pool.leases()) == 1
     agent.kill()
-    run("ip", "netns", "delete", Path(Ledger(agent.run_dir).of("container-1")[0].netns).name)
-    until(lambda: not list(Path("/dev").glob("tap*")))
+    [entry] = Ledger(agent.run_dir).of("container-1")
+    run("ip", "netns", "delete", Path(entry.netns).name)
+    until(lambda: not Path(f"/dev/tap{entry.ifindex}").exists())
     agent.start()
     assert pool.leases() == {}
     assert list(Ledger(agent.run_dir).entries()) == []

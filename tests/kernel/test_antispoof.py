@@ -150,7 +150,7 @@ def udp(rng: random.Random, source: int, target: int) -> bytes:
 def some_udp(rng: random.Random) -> bytes:
     # The ports of clients are among them, and the bytes of ND's types in the first place.
     source = rng.choice([68, 546, 0x8600, 0x8900, rng.randrange(1024, 1 << 16)])
-    return udp(rng, source, rng.randrange(1 << 16))
+    return udp(rng, source, rng.choice([67, 547, rng.randrange(1024, 1 << 16)]))
 
 
 def some_tcp(rng: random.Random) -> bytes:
@@ -244,7 +244,11 @@ HONEST: Kinds = {
     "RARP": lambda r: arp(r, 3, NOWHERE4, ethertype=RARP),
     "IPv4 UDP": lambda r: ipv4(r, UDP, some_udp(r)),
     "IPv4 TCP": lambda r: ipv4(r, TCP, some_tcp(r)),
-    "IPv4 others": lambda r: ipv4(r, r.choice([ICMP, SCTP, ESP]), r.randbytes(r.randrange(300))),
+    "IPv4 others": lambda r: ipv4(r, r.choice([SCTP, ESP]), r.randbytes(r.randrange(300))),
+    # Echo and its reply, destination unreachable, time exceeded, parameter problem.
+    "ICMP": lambda r: ipv4(
+        r, ICMP, bytes([r.choice([0, 3, 8, 11, 12])]) + r.randbytes(7 + r.randrange(300))
+    ),
     "port of a DHCP server that is none": lambda r: r.choice(
         [ipv4(r, TCP, udp(r, 67, 68)), ipv6(r, TCP, udp(r, 547, 546))]
     ),
@@ -399,7 +403,12 @@ SPOOFED: Kinds = {
         r, UDP, udp(r, 67, 68), options=bytes(4 * r.randrange(1, 11))
     ),
     "DHCP offer in fragments": lambda r: ipv4(r, UDP, udp(r, 67, 68), fragment=0x2000),
+    "DHCP offer from another port": lambda r: ipv4(r, UDP, udp(r, r.randrange(1024, 1 << 16), 68)),
     "DHCPv6 server": lambda r: ipv6(r, UDP, udp(r, 547, 546)),
+    "DHCPv6 server at another port": lambda r: ipv6(
+        r, *behind(r, UDP, udp(r, r.randrange(1024, 1 << 16), 546), *r.choice([[], [FRAGMENT]]))
+    ),
+    "ICMP redirect or router": lambda r: ipv4(r, ICMP, bytes([r.choice([5, 9])]) + r.randbytes(35)),
     "DHCPv6 server behind extension headers": lambda r: ipv6(
         r, *behind(r, UDP, udp(r, 547, 546), *some_headers(r))
     ),
@@ -497,7 +506,7 @@ LONG_HONEST: Kinds = {
             r,
             *behind(
                 r,
-                *r.choice([(UDP, some_udp(r)), (ICMPV6, some_echo(r))]),
+                *r.choice([(UDP, some_udp(r)), (ICMPV6, some_echo(r)), (TCP, some_tcp(r))]),
                 FRAGMENT,
                 fragment=1,
             ),

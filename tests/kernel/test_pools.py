@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,25 @@ def test_passthru_takes_a_free_nic(cni: Cni, lab: Lab, nics: list[Nic]) -> None:
     for container_id, pod in pods.items():
         assert cni("DEL", config, NETNS=pod, CONTAINERID=container_id).status == 0
     assert [show_link(nic.name)["address"] for nic in nics] == [nic.mac for nic in nics]
+
+
+def test_what_is_gone_or_undone_takes_no_nic(cni: Cni, lab: Lab, nics: list[Nic]) -> None:
+    """Neither a lost link nor the trace of an ADD that was killed keeps a NIC from others."""
+    config = pool(names(nics[:2]), "passthru")
+    pods = {f"c{number}": lab.pod(f"p{number}") for number in range(3)}
+    for container_id in ("c0", "c1"):
+        assert cni("ADD", config, NETNS=pods[container_id], CONTAINERID=container_id).status == 0
+    run("ip", "link", "delete", "net1", netns=pods["c1"])
+    assert cni("ADD", config, NETNS=pods["c2"], CONTAINERID="c2").status == 0
+    assert carrier(cni, "c2") == nics[1].name
+    with Ledger(cni.run_dir).hold("c2") as held:
+        [entry] = held.entries()
+        held.remove(entry.ifname)
+        held.write(replace(entry, done=False))
+    assert cni("ADD", config, NETNS=pods["c2"], CONTAINERID="c2").status == 0
+    assert carrier(cni, "c2") == nics[1].name
+    for container_id, pod in pods.items():
+        assert cni("DEL", config, NETNS=pod, CONTAINERID=container_id).status == 0
 
 
 def test_pool_passes_over_what_cannot_carry(cni: Cni, lab: Lab, nics: list[Nic], pod: str) -> None:

@@ -144,6 +144,10 @@ def test_all_of_cnis_own_keys_are_taken() -> None:
         ({**INLINE, "runtimeConfig": {"ips": "192.0.2.1"}}, "runtimeConfig.ips is the string"),
         ({**INLINE, "runtimeConfig": {"deviceID": "7"}}, "runtimeConfig.deviceID is the string"),
         ({**INLINE, "runtimeConfig": {"deviceID": "0x60000000"}}, "runtimeConfig.deviceID is the"),
+        (
+            {**INLINE, "runtimeConfig": {"deviceID": "0" * 11 + "1610617447"}},
+            "runtimeConfig.deviceID",
+        ),
         ({**INLINE, "runtimeConfig": {"deviceID": "9" * 5000}}, "runtimeConfig.deviceID is the"),
         ({**INLINE, "antispoof": "ip"}, "network vepanet has antispoof: ip, and nothing says"),
     ],

@@ -63,10 +63,14 @@ _VLAN_TAGS = (equal(b"\x81\0"), equal(b"\x88\xa8"), within(b"\x91\0", b"\x93\0")
 # Of an option of 8 octets; types 0 to 3 become 0.
 _TYPE_TO_3 = mask(b"\xfc" + b"\xff" * 7)
 
-_UDP, _ICMPV6 = b"\x11", b"\x3a"
+_ICMP, _UDP, _ICMPV6 = b"\x01", b"\x11", b"\x3a"
+# ICMP's redirect and router advertisement (RFC 792, RFC 1256).
+_REDIRECT4, _RA4 = b"\x05", b"\x09"
 _HOP_BY_HOP, _ROUTING, _FRAGMENT, _DESTINATION_OPTIONS = b"\x00", b"\x2b", b"\x2c", b"\x3c"
 
-_DHCP_SERVER, _DHCPV6_SERVER = struct.pack("!H", 67), struct.pack("!H", 547)
+# A client listens whatever port a server speaks from: both ends are looked at.
+_DHCP_SERVER, _DHCP_CLIENT = struct.pack("!H", 67), struct.pack("!H", 68)
+_DHCPV6_SERVER, _DHCPV6_CLIENT = struct.pack("!H", 547), struct.pack("!H", 546)
 _DHCP_CLIENT_TO_SERVER = struct.pack("!HH", 68, 67)
 
 # Router and neighbour solicitation and advertisement, redirect (RFC 4861).
@@ -95,9 +99,8 @@ _IPV6_NEXT = load_payload(_NETWORK, 6, 1)
 _IPV6_SOURCE = load_payload(_NETWORK, 8, 16)
 _LATER_FRAGMENT6 = mask(b"\xff\xf8") + unequal(b"\0\0")
 _L4PROTO = load_meta(_META_L4PROTO)
-_SOURCE_PORT = load_payload(_TRANSPORT, 0, 2)
 _PORTS = load_payload(_TRANSPORT, 0, 4)
-_ICMPV6_TYPE = load_payload(_TRANSPORT, 0, 1)
+_ICMP_TYPE = load_payload(_TRANSPORT, 0, 1)
 
 # Of a message right behind the fixed header.
 _ND_TYPE = load_payload(_NETWORK, 40, 1)
@@ -119,15 +122,27 @@ _DISPATCH = (
     rule(_ETHERTYPE, equal(_RARP), goto("arp_sender")),
 )
 
+
+def _no_dhcp(base: int, at: int) -> bytes:
+    """UDP's ports, which stand there, are neither a DHCP server's nor one of its clients'."""
+    source = load_payload(base, at, 2) + unequal(_DHCP_SERVER)
+    return source + load_payload(base, at + 2, 2) + unequal(_DHCP_CLIENT)
+
+
+def _no_dhcpv6(base: int, at: int) -> bytes:
+    source = load_payload(base, at, 2) + unequal(_DHCPV6_SERVER)
+    return source + load_payload(base, at + 2, 2) + unequal(_DHCPV6_CLIENT)
+
+
 _VLAN = tuple(rule(_ETHERTYPE, it, goto("vlan_tag")) for it in _VLAN_TAGS)
 
 # A later fragment is nothing without the first, which has the ports. l4proto is loaded there for
-# the sake of headers that make no sense, which have none (nft_set_pktinfo_ipv4_validate). No port
-# of theirs can be loaded either, so the last rule is of UDP.
+# the sake of headers that make no sense, which have none (nft_set_pktinfo_ipv4_validate).
 _FROM_IPV4 = (
     rule(_L4PROTO, _LATER_FRAGMENT4, _ACCEPT),
-    rule(_L4PROTO, unequal(_UDP), _ACCEPT),
-    rule(_SOURCE_PORT, unequal(_DHCP_SERVER), _ACCEPT),
+    rule(_L4PROTO, unequal(_UDP), unequal(_ICMP), _ACCEPT),
+    rule(_L4PROTO, equal(_UDP), _no_dhcp(_TRANSPORT, 0), _ACCEPT),
+    rule(_L4PROTO, equal(_ICMP), _ICMP_TYPE, unequal(_REDIRECT4), unequal(_RA4), _ACCEPT),
 )
 
 # That there is no fragment must be asked: a short load finds ports in any (nft_payload_fast_eval).
@@ -145,35 +160,23 @@ _DHCP_CLIENT = rule(
 _FRAGMENTED = _IPV6_NEXT + equal(_FRAGMENT)
 _FRAGMENTED_NEXT = load_payload(_NETWORK, 40, 1)
 
+# What is no extension header, UDP or ICMPv6. 59, no next header, is left to a later rule with its
+# neighbours; behind an authentication header nobody looks who does not share the key.
+_NO_HEADER_TO_READ = (
+    unequal(_HOP_BY_HOP),
+    unequal(_UDP),
+    outside(_ROUTING, _FRAGMENT),
+    outside(_ICMPV6, _DESTINATION_OPTIONS),
+)
+
 _FROM_IPV6 = (
-    # What is no extension header, UDP or ICMPv6. 59, no next header, is left to a later rule with
-    # its neighbours; behind an authentication header nobody looks who does not share the key.
-    rule(
-        _IPV6_NEXT,
-        unequal(_HOP_BY_HOP),
-        unequal(_UDP),
-        outside(_ROUTING, _FRAGMENT),
-        outside(_ICMPV6, _DESTINATION_OPTIONS),
-        _ACCEPT,
-    ),
-    rule(
-        _IPV6_NEXT,
-        equal(_UDP),
-        load_payload(_NETWORK, 40, 2),
-        unequal(_DHCPV6_SERVER),
-        _ACCEPT,
-    ),
+    rule(_IPV6_NEXT, *_NO_HEADER_TO_READ, _ACCEPT),
+    rule(_IPV6_NEXT, equal(_UDP), _no_dhcpv6(_NETWORK, 40), _ACCEPT),
     rule(_IPV6_NEXT, equal(_ICMPV6), _ND_TYPE, outside(*_ND), _ACCEPT),
     rule(_IPV6_NEXT, equal(_ICMPV6), _ND_TYPE, within(*_ND), goto("nd")),
     rule(_FRAGMENTED, load_payload(_NETWORK, 42, 2), _LATER_FRAGMENT6, _ACCEPT),
-    rule(
-        _FRAGMENTED,
-        _FRAGMENTED_NEXT,
-        equal(_UDP),
-        load_payload(_NETWORK, 48, 2),
-        unequal(_DHCPV6_SERVER),
-        _ACCEPT,
-    ),
+    rule(_FRAGMENTED, _FRAGMENTED_NEXT, *_NO_HEADER_TO_READ, _ACCEPT),
+    rule(_FRAGMENTED, _FRAGMENTED_NEXT, equal(_UDP), _no_dhcpv6(_NETWORK, 48), _ACCEPT),
     rule(
         _FRAGMENTED,
         _FRAGMENTED_NEXT,
@@ -188,8 +191,8 @@ _FROM_IPV6 = (
 _IPV6_EXTENDED = (
     rule(load_ipv6_extension(_FRAGMENT[0], 2, 2), _LATER_FRAGMENT6, _ACCEPT),
     rule(_L4PROTO, unequal(_UDP), unequal(_ICMPV6), _ACCEPT),
-    rule(_L4PROTO, equal(_UDP), _SOURCE_PORT, unequal(_DHCPV6_SERVER), _ACCEPT),
-    rule(_L4PROTO, equal(_ICMPV6), _ICMPV6_TYPE, outside(*_ND), _ACCEPT),
+    rule(_L4PROTO, equal(_UDP), _no_dhcpv6(_TRANSPORT, 0), _ACCEPT),
+    rule(_L4PROTO, equal(_ICMPV6), _ICMP_TYPE, outside(*_ND), _ACCEPT),
 )
 
 

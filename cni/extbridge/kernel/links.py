@@ -64,6 +64,7 @@ _NEXTHOP = struct.Struct("=HBBi")
 
 _RTA_OIF = 4
 _RTA_MULTIPATH = 9
+_RTA_TABLE = 15
 _RT_TABLE_MAIN = 254
 _RTN_UNICAST = 1
 
@@ -263,7 +264,8 @@ def default_route_links(route: Netlink) -> set[int]:
     for family in (socket.AF_INET, socket.AF_INET6):
         for answer in route.request(
             _RTM_GETROUTE,
-            _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0),
+            # Of this table alone, where the kernel knows how (ip_valid_fib_dump_req).
+            _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0) + u32(_RTA_TABLE, _RT_TABLE_MAIN),
             flags=netlink.NLM_F_DUMP,
             what="RTM_GETROUTE dump",
         ):

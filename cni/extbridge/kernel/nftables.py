@@ -296,11 +296,6 @@ def unequal(data: bytes) -> bytes:
     return _compare(_NFT_CMP_NEQ, data)
 
 
-def greater(data: bytes) -> bytes:
-    """Whether more was loaded, in network byte order."""
-    return _compare(_NFT_CMP_GT, data)
-
-
 def within(first: bytes, last: bytes) -> bytes:
     """Whether one of these was loaded, in network byte order, both ends included."""
     return _range(_NFT_RANGE_EQ, first, last)

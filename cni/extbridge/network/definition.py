@@ -408,6 +408,11 @@ def _get_ipam(obj: JsonObject) -> Mapping[str, object] | None:
         raise InvalidNetworkConfig(
             f"ipam.type is {describe(plugin)}", "it has to be a program's name, without a folder"
         )
+    if plugin == "dhcp":
+        raise InvalidNetworkConfig(
+            "ipam.type is dhcp, which would ask by the pod's own IP stack",
+            "leave ipam out: a guest asks by itself, and its antispoof lets it",
+        )
     _refuse_unwritable(given, "ipam", _IPAM_DEPTH)
     return given
 

@@ -73,6 +73,7 @@ _MAX_VM_NAME_CHARACTERS = 253
 """What Kubernetes allows the name of an object."""
 
 _DEVICES = range(FIRST_IFINDEX, LAST_IFINDEX + 1)
+_DEVICE_DIGITS = len(str(LAST_IFINDEX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +283,12 @@ def _get_device(runtime: JsonObject, asked: Sequence[AskedNic]) -> int | None:
             f"runtimeConfig.deviceID is given for a pod with {len(asked)} NICs",
             "ask for one device and one network",
         )
-    if not given.isascii() or not given.isdecimal() or int(given[:20]) not in _DEVICES:
+    if (
+        not given.isascii()
+        or not given.isdecimal()
+        or len(given) > _DEVICE_DIGITS
+        or int(given) not in _DEVICES
+    ):
         raise InvalidNetworkConfig(
             f"runtimeConfig.deviceID is {describe(given)}",
             f"it has to be an ifindex that extbridge's device plugin has reserved, from"

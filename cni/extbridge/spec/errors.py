@@ -83,6 +83,10 @@ class TryAgainLater(CniError):
     code = 11
 
 
+class OutOfReach(TryAgainLater):
+    """The attachment's namespace lives, but cannot be reached at its path."""
+
+
 class PluginNotAvailable(CniError):
     """STATUS: no ADD can succeed on this node now."""
 
