@@ -69,7 +69,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 # argument (clone3 with set_tid); then who is left sends the request in the third, and tells what
 # came.
 REUSE = """
-import ctypes, os, signal, socket, struct, sys
+import contextlib, ctypes, os, signal, socket, struct, sys
 path, pod, request = sys.argv[1:]
 peer = socket.socket(socket.AF_UNIX)
 first = os.fork()
@@ -90,10 +90,16 @@ if second == 0:
 assert second == first, os.strerror(ctypes.get_errno())
 print("reused", flush=True)
 sys.stdin.readline()
-peer.sendall(bytes.fromhex(request))
-told, fds, _, _ = socket.recv_fds(peer, 1 << 16, 250)
-os.kill(second, signal.SIGKILL)
-os.waitpid(second, 0)
+told, fds = b"", []
+try:
+    # The agent may have refused and hung up by now.
+    with contextlib.suppress(BrokenPipeError):
+        peer.sendall(bytes.fromhex(request))
+    with contextlib.suppress(ConnectionResetError):
+        told, fds, _, _ = socket.recv_fds(peer, 1 << 16, 250)
+finally:
+    os.kill(second, signal.SIGKILL)
+    os.waitpid(second, 0)
 print(len(fds), told.hex())
 """
 
