@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from extbridge.client import Tap, take_taps
+from extbridge.client import NoTaps, Tap, take_taps
 
 
 def network_config(taps: Sequence[Tap]) -> dict[str, object]:
@@ -67,7 +67,12 @@ def qemu_options(folder: Path, taps: Sequence[Tap]) -> list[str]:
 
 def main() -> None:
     """Become the command of the arguments, with taps and seed."""
-    taps = take_taps()
+    if len(sys.argv) == 1:
+        sys.exit(f"usage: {sys.argv[0]} COMMAND…, a QEMU without NICs")
+    try:
+        taps = take_taps()
+    except NoTaps as failure:
+        sys.exit(f"{sys.argv[0]}: {failure}")
     folder = Path(tempfile.mkdtemp(prefix="cidata-"))
     write_seed(folder, taps)
     for tap in taps:

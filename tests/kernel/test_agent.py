@@ -22,7 +22,7 @@ from extbridge.ledger import Ledger
 from extbridge.node import wire
 from tests.kernel.agents import Agent, Launcher, answer_on, ask, connected, until
 from tests.kernel.observe import ledger_of, leftovers, macvtaps, network_config, show_link
-from tests.support import Answer, Cni
+from tests.support import Answer, Cni, executable
 
 PROTOCOL = Path(__file__).parents[2] / "docs/protocol.md"
 
@@ -162,6 +162,18 @@ def test_what_a_killed_agent_left_is_replaced(agent: Agent, shim: Cni, nic: Nic)
     assert (agent.run_dir / "cni.sock").stat().st_ino != former
     assert not (agent.run_dir / "cni.new").exists()
     assert shim("STATUS", network_config(nic), **NO_ATTACHMENT).status == 0
+
+
+def test_agent_without_root_says_so(tmp_path: Path) -> None:
+    """An agent that could do nothing does not pretend to serve."""
+    command = (executable("extbridge"), "agent", "--run-dir", str(tmp_path / "mine"))
+    # It may read everything, so that where interpreter and package are does not matter.
+    reading = "-all,+dac_read_search"
+    nobody = ("setpriv", "--reuid=65534", "--clear-groups", f"--inh-caps={reading}",
+              f"--ambient-caps={reading}")  # fmt: skip
+    done = subprocess.run((*nobody, *command), capture_output=True, text=True, check=False)
+    assert (done.returncode, "the agent is not root" in done.stderr) == (1, True)
+    assert not (tmp_path / "mine").exists()
 
 
 def test_folder_has_one_agent(agent: Agent, tmp_path: Path) -> None:

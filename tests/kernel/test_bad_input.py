@@ -157,6 +157,7 @@ def test_standard_input_that_is_no_configuration(
             "no NIC with driver veth and mac 02:00:00:00:00:01",
             "it has ",
         ),
+        ({"ipam": {"type": "extbridge"}}, "ipam.type is extbridge, which gives no", "host-local"),
         ({"ipam": {"type": "nowhere"}}, "there is no IPAM plugin nowhere in /opt", "install it"),
         ({"runtimeConfig": {"ips": ["192.0.2.1/33"]}}, "runtimeConfig.ips[0] is the str", "192.0"),
         ({"runtimeConfig": {"deviceID": "7"}}, 'deviceID is the string "7"', "from 1610612736"),

@@ -413,6 +413,10 @@ def _get_ipam(obj: JsonObject) -> Mapping[str, object] | None:
             "ipam.type is dhcp, which would ask by the pod's own IP stack",
             "leave ipam out: a guest asks by itself, and its antispoof lets it",
         )
+    if plugin in ("extbridge", "extbridge-cni"):
+        raise InvalidNetworkConfig(
+            f"ipam.type is {plugin}, which gives no addresses", "name an IPAM plugin: host-local"
+        )
     _refuse_unwritable(given, "ipam", _IPAM_DEPTH)
     return given
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -22,7 +23,7 @@ from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.plugin import Node, verbs
 from extbridge.spec import skel
-from extbridge.spec.errors import CniError
+from extbridge.spec.errors import CniError, NotPermitted
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def run_agent(
     run: Path, networks_dir: str, *, as_json: bool, host_process: int | None = None
 ) -> None:
     """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
+    if os.geteuid() != 0:
+        raise NotPermitted("the agent is not root", "run it as root with all capabilities")
     _log_to_stderr(as_json=as_json)
     # A NIC of 256 queues alone is twice as many fds.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
