@@ -19,6 +19,7 @@ from typing import Final
 
 from extbridge.ipam import ipam_add, ipam_del, parse_delegation
 from extbridge.kernel.antispoof import Guard, unguarded_by
+from extbridge.kernel.checksums import hold_checksums, unheld_checksums
 from extbridge.kernel.links import (
     Link,
     Macvtap,
@@ -61,8 +62,8 @@ _CLEANUP_SECONDS: Final = 2.0
 _ALIAS: Final = "extbridge"
 
 _HOOKS: Final = (
-    "antispoof needs Linux 5.16 or later with CONFIG_NETFILTER_EGRESS and nf_tables; antispoof: off"
-    " does without"
+    "antispoof needs Linux 5.17 or later with nf_tables, CONFIG_NETFILTER_EGRESS, sch_ingress,"
+    " cls_bpf, and BTF (/sys/kernel/btf/vmlinux); antispoof: off does without"
 )
 _BUCKETS: Final = (
     "bandwidth needs the kernel's sch_tbf, and for what a guest receives ifb, sch_ingress, cls_u32"
@@ -151,8 +152,11 @@ def attach(
             # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
         guard = _guard(entry)
-        with inside(pod.netns), _needing(_HOOKS if guard is not None else ""):
-            silence(entry.ifindex, entry.ifname, guard)
+        with _needing(_HOOKS if guard is not None else ""):
+            with inside(pod.netns):
+                silence(entry.ifindex, entry.ifname, guard)
+            if guard is not None:
+                hold_checksums(pod.route, entry.ifindex)
         if entry.bandwidth is not None:
             mac = None if guard is None else guard.mac
             with _needing(_BUCKETS):
@@ -264,6 +268,8 @@ def differences(entry: Entry, *, host: Netlink, pod: Pod) -> list[str]:
     with inside(pod.netns):
         unsilenced = unsilenced_by(link.ifindex, link.name)
         unguarded = unguarded_by(link.ifindex, link.name, guard)
+    if guard is not None and not unguarded:
+        unguarded = unheld_checksums(pod.route, link.ifindex)
     mac = None if guard is None else guard.mac
     unshaped = unshaped_by(pod.route, link.ifindex, link.mtu, entry.bandwidth, mac)
     compared = [

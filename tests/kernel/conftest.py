@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from extbridge.demo.lab import Lab, Nic
+from extbridge.kernel.checksums import loaded_program
 from extbridge.node.install import SHIM, install_shim
 from tests.kernel.agents import Agent, Launcher
 from tests.support import Cni
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _program() -> None:
+    """What a process keeps open once it has guarded a NIC is no leak of a test's."""
+    loaded_program()
 
 
 @pytest.fixture
@@ -50,3 +58,12 @@ def shim(run_dir: Path, bin_dir: Path) -> Cni:
 def launcher(run_dir: Path) -> Launcher:
     """The launcher that the agent puts into `pod/`."""
     return Launcher(run_dir)
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """Frames that are sent on one CPU arrive in their order (enqueue_to_backlog)."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)

@@ -11,231 +11,83 @@ import json
 import os
 import random
 import select
-import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run, within
 from extbridge.kernel.antispoof import Guard, spoof_drops, unguarded_by
-from extbridge.kernel.links import Macvtap, create_macvtap, delete_link, find_link, set_mac, set_up
+from extbridge.kernel.links import delete_link
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
 from extbridge.kernel.silence import silence, unsilence_absent
-from extbridge.kernel.taps import open_tap, unused_ifindex
 from extbridge.network.definition import Mode
+from tests.kernel.frames import (
+    ALL_NODES6,
+    BROADCAST,
+    BY_IP,
+    BY_MAC,
+    DESTINATION,
+    ESP,
+    EVERYBODY4,
+    FRAGMENT,
+    HOP_BY_HOP,
+    ICMP,
+    ICMPV6,
+    IPV4,
+    IPV6,
+    LINK_LOCAL,
+    LLDP,
+    MAC,
+    MLD_REPORT,
+    NONCE,
+    NOWHERE4,
+    NOWHERE6,
+    OTHER_MAC,
+    OWN,
+    OWN4,
+    OWN6,
+    RARP,
+    REDIRECT,
+    SCTP,
+    SLLA,
+    TCP,
+    TLLA,
+    UDP,
+    Kinds,
+    arp,
+    behind,
+    ethernet,
+    icmpv6,
+    ipv4,
+    ipv6,
+    mld,
+    na,
+    ns,
+    option,
+    other,
+    other4,
+    other6,
+    ra,
+    rs,
+    solicitation,
+    some_echo,
+    some_extensions,
+    some_headers,
+    some_tcp,
+    some_udp,
+    udp,
+)
+from tests.kernel.guests import VNET_HEADER, Guest, attached, frames_of, passed
 from tests.kernel.observe import EXPERIMENTAL, packed, tables
 from tests.support import require
 
-MAC, OTHER_MAC = "52:54:00:00:00:05", "52:54:00:00:00:99"
-OWN = packed(MAC)
-BROADCAST = b"\xff" * 6
-ALL_NODES = packed("33:33:00:00:00:01")
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
-OWN4 = [IPv4Address("192.0.2.5").packed, IPv4Address("198.51.100.7").packed]
-OWN6 = [IPv6Address("2001:db8::5").packed, IPv6Address("2001:db8:1::5").packed]
-LINK_LOCAL = IPv6Address("fe80::5054:ff:fe00:5").packed
-NOWHERE4, NOWHERE6 = bytes(4), bytes(16)
-EVERYBODY4 = b"\xff" * 4
-ALL_NODES6 = IPv6Address("ff02::1").packed
-
-BY_MAC = Guard(MAC, None)
-BY_IP = Guard(MAC, (*(str(IPv4Address(it)) for it in OWN4), *(str(IPv6Address(it)) for it in OWN6)))
-
-ARP, RARP, IPV4, IPV6, LLDP = 0x0806, 0x8035, 0x0800, 0x86DD, 0x88CC
-TCP, UDP, ICMP, ICMPV6, SCTP, ESP = 6, 17, 1, 58, 132, 50
-HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
-RS, RA, NS, NA, REDIRECT, ECHO, MLD_REPORT, MLD_DONE, MLDV2_REPORT = (
-    133, 134, 135, 136, 137, 128, 131, 132, 143,
-)  # fmt: skip
-SLLA, TLLA, NONCE = 1, 2, 14
-
-ARP_OF_IPV4 = struct.pack("!HHBBH", 1, IPV4, 6, 4, 1)
-
-# struct virtio_net_hdr, before each frame; with nothing to offload it is zeros.
-VNET_HEADER = 10
-PLAIN = bytes(VNET_HEADER)
 TCPV4_OFFLOAD, TCPV6_OFFLOAD = 1, 4
 
 SIOCSIFHWADDR = 0x8924
-
-FRAMES = 1000
-
-SO_RCVBUFFORCE = 33
-
-Kinds = Mapping[str, Callable[[random.Random], bytes]]
-
-
-def ethernet(
-    ethertype: int, payload: bytes, *, to: bytes = BROADCAST, sender: bytes = OWN
-) -> bytes:
-    return to + sender + struct.pack("!H", ethertype) + payload
-
-
-def arp(
-    rng: random.Random,
-    operation: int,
-    sender: bytes,
-    *,
-    mac: bytes = OWN,
-    ethertype: int = ARP,
-    kind: tuple[int, int, int, int] = (1, IPV4, 6, 4),
-) -> bytes:
-    header = struct.pack("!HHBBH", *kind, operation)
-    padding = bytes(rng.choice([0, 18]))
-    return ethernet(ethertype, header + mac + sender + rng.randbytes(10) + padding)
-
-
-def ipv4(
-    rng: random.Random,
-    protocol: int,
-    payload: bytes,
-    *,
-    source: bytes = b"",
-    target: bytes = b"",
-    options: bytes = b"",
-    fragment: int = 0,
-    version: int = 4,
-    words: int | None = None,
-    length: int | None = None,
-) -> bytes:
-    size = 20 + len(options)
-    header = struct.pack(
-        "!BBHHHBBH4s4s",
-        version << 4 | (size // 4 if words is None else words),
-        0,
-        size + len(payload) if length is None else length,
-        rng.randrange(1 << 16),
-        fragment,
-        64,
-        protocol,
-        0,
-        source or rng.choice(OWN4),
-        target or rng.randbytes(4),
-    )
-    return ethernet(IPV4, header + options + payload)
-
-
-def ipv6(
-    rng: random.Random,
-    next_header: int,
-    payload: bytes,
-    *,
-    source: bytes = b"",
-    target: bytes = b"",
-    length: int | None = None,
-    version: int = 6,
-) -> bytes:
-    header = struct.pack(
-        "!IHBB16s16s",
-        version << 28,
-        len(payload) if length is None else length,
-        next_header,
-        255,
-        source or rng.choice([LINK_LOCAL, *OWN6]),
-        target or rng.choice([ALL_NODES6, rng.randbytes(16)]),
-    )
-    return ethernet(IPV6, header + payload)
-
-
-def udp(rng: random.Random, source: int, target: int) -> bytes:
-    data = rng.randbytes(rng.randrange(300))
-    return struct.pack("!HHHH", source, target, 8 + len(data), 0) + data
-
-
-def some_udp(rng: random.Random) -> bytes:
-    # The ports of clients are among them, and the bytes of ND's types in the first place.
-    source = rng.choice([68, 546, 0x8600, 0x8900, rng.randrange(1024, 1 << 16)])
-    return udp(rng, source, rng.choice([67, 547, rng.randrange(1024, 1 << 16)]))
-
-
-def some_tcp(rng: random.Random) -> bytes:
-    return rng.randbytes(12) + b"\x50" + rng.randbytes(7 + rng.randrange(300))
-
-
-def icmpv6(kind: int, body: bytes) -> bytes:
-    return struct.pack("!BBH", kind, 0, 0) + body
-
-
-def some_echo(rng: random.Random) -> bytes:
-    return icmpv6(ECHO, rng.randbytes(4 + rng.randrange(100)))
-
-
-def option(kind: int, value: bytes, octets: int = 1) -> bytes:
-    return bytes([kind, octets]) + value
-
-
-def rs(options: bytes = b"") -> bytes:
-    return icmpv6(RS, bytes(4) + options)
-
-
-def ns(target: bytes, options: bytes = b"") -> bytes:
-    return icmpv6(NS, bytes(4) + target + options)
-
-
-def na(target: bytes, options: bytes = b"") -> bytes:
-    return icmpv6(NA, b"\x60" + bytes(3) + target + options)
-
-
-def solicitation(rng: random.Random, options: bytes) -> bytes:
-    """Any of the three messages that may bear options of the guest, addresses being its own."""
-    target = rng.choice([LINK_LOCAL, *OWN6])
-    return rng.choice([rs(options), ns(target, options), na(target, options)])
-
-
-def ra(rng: random.Random) -> bytes:
-    return icmpv6(RA, rng.randbytes(12) + option(SLLA, OWN) * rng.randrange(2))
-
-
-def behind(
-    rng: random.Random, protocol: int, payload: bytes, *kinds: int, fragment: int = 0
-) -> tuple[int, bytes]:
-    """The payload behind extension headers of these kinds; its first header's number, and all."""
-    for kind in reversed(kinds):
-        if kind == FRAGMENT:
-            header = struct.pack("!BBHI", protocol, 0, fragment, rng.randrange(1 << 32))
-        else:
-            more = rng.randrange(3)
-            header = bytes([protocol, more]) + bytes(6 + 8 * more)
-        protocol, payload = kind, header + payload
-    return protocol, payload
-
-
-def some_extensions(rng: random.Random) -> list[int]:
-    return [rng.choice([HOP_BY_HOP, ROUTING, DESTINATION]) for _ in range(rng.randrange(1, 4))]
-
-
-def some_headers(rng: random.Random) -> list[int]:
-    """Extension headers, with that of a fragment which is the only one among them."""
-    return rng.choice([some_extensions(rng), [FRAGMENT], [*some_extensions(rng), FRAGMENT]])
-
-
-def mld(rng: random.Random, source: bytes) -> bytes:
-    kind = rng.choice([MLD_REPORT, MLD_DONE, MLDV2_REPORT])
-    # With the router alert (RFC 2711).
-    alert = bytes([ICMPV6, 0]) + b"\x05\x02\0\0\x01\0"
-    payload = alert + icmpv6(kind, rng.randbytes(20))
-    return ipv6(rng, HOP_BY_HOP, payload, source=source)
-
-
-def other(rng: random.Random, *own: bytes) -> bytes:
-    """None of these, and often by one bit only."""
-    near = int.from_bytes(rng.choice(own), "big") ^ 1 << rng.randrange(8 * len(own[0]))
-    made = rng.choice([near.to_bytes(len(own[0]), "big"), rng.randbytes(len(own[0]))])
-    return other(rng, *own) if made in own else made
-
-
-def other4(rng: random.Random) -> bytes:
-    return other(rng, *OWN4, NOWHERE4)
-
-
-def other6(rng: random.Random) -> bytes:
-    return other(rng, *OWN6, LINK_LOCAL, NOWHERE6)
-
 
 HONEST: Kinds = {
     "ARP request": lambda r: arp(r, 1, r.choice(OWN4)),
@@ -548,91 +400,6 @@ SPOOFED_OF: Mapping[Guard, Kinds] = {
 both_guards = pytest.mark.parametrize("guard", [BY_MAC, BY_IP], ids=["mac", "ip"])
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """A guest's side of its NIC, and an ear on the switch's port that the node is plugged into."""
-
-    pod: str
-    ifindex: int
-    tap: int
-    ear: socket.socket
-
-    def send(self, frame: bytes, header: bytes = PLAIN) -> None:
-        os.write(self.tap, header + frame)
-
-
-@pytest.fixture(autouse=True)
-def one_cpu() -> Iterator[None]:
-    """Frames that are sent on one CPU arrive in their order (enqueue_to_backlog)."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def attached(
-    lab: Lab, nic: Nic, pod: str, guard: Guard | None, mode: Mode = Mode.VEPA
-) -> Iterator[Guest]:
-    """A macvtap of ours in the pod, held to `guard`, and its tap opened."""
-    ifindex = unused_ifindex()
-    ear = lab.packets(lab.switch, nic.port)
-    ear.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
-    with ExitStack() as stack:
-        netns = os.open(pod, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, netns)
-        host = stack.enter_context(Netlink(NETLINK_ROUTE))
-        lower = find_link(host, name=nic.name)
-        assert lower is not None
-        create_macvtap(
-            host, Macvtap(ifindex, "net1", MAC, mode, lower.ifindex, mtu=None, queues=1), netns
-        )
-        with within(pod), Netlink(NETLINK_ROUTE) as route:
-            if mode == Mode.PASSTHRU:
-                set_mac(route, ifindex, MAC)
-            silence(ifindex, "net1", guard)
-            set_up(route, ifindex, alias="")
-            link = find_link(route, ifindex=ifindex)
-            assert link is not None
-        [tap] = open_tap(link, MAC)
-        stack.callback(os.close, tap)
-        yield Guest(pod, ifindex, tap, ear)
-
-
-def passed(guest: Guest, frames: Iterable[bytes], header: bytes = PLAIN) -> list[bytes]:
-    """Those frames of the guest that left the node, in order."""
-    heard: list[bytes] = []
-    # So few that neither the tap's nor the ear's buffer runs over.
-    waiting = list(frames)
-    while waiting:
-        for frame in waiting[:50]:
-            guest.send(frame, header)
-        del waiting[:50]
-        heard += heard_until_sentinel(guest)
-    return heard
-
-
-def heard_until_sentinel(guest: Guest) -> list[bytes]:
-    """What left the node before an honest frame that is sent now."""
-    sentinel = ethernet(ARP, ARP_OF_IPV4 + OWN + OWN4[0] + bytes(10) + os.urandom(16))
-    guest.send(sentinel)
-    heard: list[bytes] = []
-    guest.ear.settimeout(10)
-    while True:
-        data, address = guest.ear.recvfrom(1 << 17)
-        if data == sentinel:
-            return heard
-        if address[2] != socket.PACKET_OUTGOING:
-            heard.append(data)
-
-
-def frames_of(kinds: Kinds, number: int = FRAMES) -> Iterator[tuple[str, list[bytes]]]:
-    """So many frames of each kind, the same ones each time."""
-    for kind, make in kinds.items():
-        rng = random.Random(kind)  # noqa: S311 - what is wanted is the same each time
-        yield kind, [make(rng) for _ in range(number)]
-
-
 def test_every_spoof_arrives_without_a_guard(lab: Lab, nic: Nic, pod: str) -> None:
     """What a guard stops is there: without one, each spoofed frame reaches the switch."""
     with attached(lab, nic, pod, None) as guest:
@@ -762,6 +529,7 @@ def test_drops_are_counted_by_reason(lab: Lab, nic: Nic, pod: str, guard: Guard)
         with within(pod):
             assert spoof_drops(guest.ifindex) == {
                 "destination": 0,
+                "checksum": 0,
                 **{reason: 7 * len(kinds) for reason, kinds in reasons.items()},
             }
             assert spoof_drops(guest.ifindex + 1) == {}

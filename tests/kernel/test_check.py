@@ -83,7 +83,7 @@ def test_check_passes_what_add_made(
             "tc qdisc replace dev net1 root tbf rate 1gbit burst 1mb latency 25ms",
             "what it sends is not limited as asked: tbf has rate 125000000",
         ),
-        ("tc qdisc delete dev net1 ingress", "what it receives is not limited as asked: "),
+        ("tc qdisc delete dev net1 clsact", "what it receives is not limited as asked: "),
         ("ip link delete {ifb}", "what it receives is not limited as asked: there is no ifb"),
     ],
     ids=lambda value: value if " " in value else None,

@@ -157,20 +157,21 @@ def test_start_of_the_agent_leaves_nothing_of_a_policy(
 
 
 @pytest.mark.parametrize(
-    ("message", "remedy"),
+    ("message", "antispoof", "remedy"),
     [
-        ("nlmsg_len=20, nlmsg_type=0x10", "antispoof: off does"),
-        ("nlmsg_type=0x24", "bandwidth out"),
+        ("nlmsg_len=20, nlmsg_type=0x10", "mac", "antispoof: off does"),
+        ("nlmsg_type=0x24", "mac", "antispoof: off does"),
+        ("nlmsg_type=0x24", "off", "bandwidth out"),
     ],
 )
 def test_kernel_that_lacks_something_is_told_of(
-    cni: Cni, nic: Nic, pod: str, tmp_path: Path, *, message: str, remedy: str
+    cni: Cni, nic: Nic, pod: str, tmp_path: Path, *, message: str, antispoof: str, remedy: str
 ) -> None:
     """Where the kernel cannot do what is asked, ADD says what it lacks and what to do.
 
     The messages are the one that begins a transaction of nf_tables, and RTM_NEWQDISC.
     """
-    config = network_config(nic, bandwidth=LIMITS)
+    config = network_config(nic, bandwidth=LIMITS, antispoof=antispoof)
     calls = recorded(cni, "ADD", config, pod, tmp_path / "recorded")
     assert cni("DEL", config, NETNS=pod).status == 0
     call = next(it for it in calls if it.name == "sendto" and message in it.shown)

@@ -13,6 +13,8 @@ it reads the first next header without asking whether that is in the skb's linea
 frame of a page and more the sender chooses how much is (tap_get_user, hdr_len). Of others the
 headers are read where they stand, the fixed one and a fragment's behind it; long frames with
 further extension headers do not pass.
+
+What the guest has written after these rules have looked is `checksums`' to judge.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from extbridge.kernel import nftables
-from extbridge.kernel.netlink import NETLINK_NETFILTER, Netlink
+from extbridge.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink
 from extbridge.kernel.nftables import (
     NETDEV,
     NETDEV_EGRESS,
@@ -47,6 +49,7 @@ from extbridge.kernel.nftables import (
     unequal,
     within,
 )
+from extbridge.kernel.tc import filter_drops
 
 # linux/netfilter/nf_tables.h, enum nft_payload_bases and nft_meta_keys.
 _LINK, _NETWORK, _TRANSPORT = 0, 1, 2
@@ -280,17 +283,22 @@ def unguarded_by(ifindex: int, name: str, guard: Guard | None) -> str:
 def spoof_drops(ifindex: int) -> Mapping[str, int]:
     """How many frames were dropped, by reason; none where there is no guard.
 
-    `destination` counts frames to the guest, all others are of those it sent. A frame may be a
-    super-frame that was to become many (TSO). The thread stands in the namespace.
+    `destination` counts frames to the guest, all others are of those it sent; `checksum` those that
+    `checksums` dropped. A frame may be a super-frame that was to become many (TSO). The thread
+    stands in the namespace.
     """
     with Netlink(NETLINK_NETFILTER) as netfilter:
         rules = nftables.read_rules(netfilter, NETDEV, table_name(ifindex))
-    return {
+    drops = {
         chain: packets
         for chain, its_rules in rules.items()
         for it in its_rules
         if (packets := nftables.packets_counted(it)) is not None
     }
+    if drops:
+        with Netlink(NETLINK_ROUTE) as route:
+            drops["checksum"] = filter_drops(route, ifindex)
+    return drops
 
 
 def _any_address(mac: bytes) -> Iterator[Chain]:

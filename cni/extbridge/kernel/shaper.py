@@ -18,12 +18,11 @@ Formats: linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h, linux/tc_act/tc_
 
 from __future__ import annotations
 
-import socket
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from extbridge.kernel import netlink
+from extbridge.kernel import tc
 from extbridge.kernel.links import (
     GROUP,
     Link,
@@ -45,13 +44,6 @@ from extbridge.kernel.netlink import (
 )
 from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX, Bandwidth
 
-_RTM_NEWQDISC = 36
-_RTM_GETQDISC = 38
-_RTM_NEWTFILTER = 44
-_RTM_GETTFILTER = 46
-
-_TCA_KIND = 1
-_TCA_OPTIONS = 2
 _TCA_TBF_PARMS = 1
 _TCA_TBF_RATE64 = 4
 _TCA_TBF_BURST = 6
@@ -61,20 +53,12 @@ _TCA_ACT_KIND = 1
 _TCA_ACT_OPTIONS = 2
 _TCA_MIRRED_PARMS = 2
 
-_TC_H_ROOT = 0xFFFFFFFF
-_TC_H_INGRESS = 0xFFFFFFF1
 _TBF_HANDLE = 0x00010000
-_INGRESS_HANDLE = 0xFFFF0000
 
 _TC_LINKLAYER_ETHERNET = 1
 _TC_U32_TERMINAL = 1
 _TC_ACT_STOLEN = 4
 _TCA_EGRESS_REDIR = 1
-_ETH_P_ALL = 0x0003
-# The priority, and the protocol in network byte order (TC_H_MAKE).
-_FILTER_INFO = 1 << 16 | socket.htons(_ETH_P_ALL)
-
-_TCMSG = struct.Struct("=BxxxiIII")
 # struct tc_tbf_qopt, of its two tc_ratespec only what says something.
 _TBF_PARMS = struct.Struct("=xB6xI8xIIII")
 _MIRRED_PARMS = struct.Struct("=IIiiiiI")
@@ -125,11 +109,11 @@ class _Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Redirect:
-    """A filter: what it selects, the ifindex that this is redirected to, priority and protocol."""
+    """A filter: what it selects, and the ifindex that this is redirected to."""
 
     selector: bytes
     target: int
-    info: int = _FILTER_INFO
+    sees_all: bool = True
 
 
 def default_burst(rate: int) -> int:
@@ -157,7 +141,7 @@ def shape(route: Netlink, ifindex: int, mtu: int, bandwidth: Bandwidth, mac: str
         # (dev_deactivate_many).
         _add_tbf(route, ifb, bucket)
         set_up(route, ifb, alias=f"extbridge ingress of ifindex {ifindex}")
-        _add_qdisc(route, ifindex, "ingress", parent=_TC_H_INGRESS, handle=_INGRESS_HANDLE)
+        tc.have_clsact(route, ifindex)
         for selector in _selectors(mac):
             _add_redirect(route, ifindex, ifb, selector)
 
@@ -180,10 +164,10 @@ def unshaped_by(
     """What of the limits is not as `shape` made it, in words; empty when all is there."""
     if bandwidth is None:
         return ""
-    qdiscs = _qdiscs(route)
+    qdiscs = tc.list_qdiscs(route)
     if bandwidth.egress_rate is not None:
         bucket = _bucket(bandwidth.egress_rate, bandwidth.egress_burst, mtu)
-        fault = _tbf_fault(qdiscs.get((ifindex, _TC_H_ROOT)), bucket)
+        fault = _tbf_fault(qdiscs.get((ifindex, tc.TC_H_ROOT)), bucket)
         if fault:
             return f"what it sends is not limited as asked: {fault}"
     if bandwidth.ingress_rate is not None:
@@ -199,7 +183,7 @@ def unshaped_by(
         elif _redirects(route, ifindex) != [_Redirect(it, ifb) for it in _selectors(mac)]:
             fault = f"its filters at ingress do not redirect to {link.name}"
         else:
-            fault = _tbf_fault(qdiscs.get((ifb, _TC_H_ROOT)), bucket)
+            fault = _tbf_fault(qdiscs.get((ifb, tc.TC_H_ROOT)), bucket)
         if fault:
             return f"what it receives is not limited as asked: {fault}"
     return ""
@@ -232,14 +216,13 @@ def _add_tbf(route: Netlink, ifindex: int, bucket: _Bucket) -> None:
     if bucket.rate > _U32_MAX:
         options += attribute(_TCA_TBF_RATE64, struct.pack("=Q", bucket.rate))
     options += u32(_TCA_TBF_BURST, bucket.burst)
-    _add_qdisc(route, ifindex, "tbf", parent=_TC_H_ROOT, handle=_TBF_HANDLE, options=options)
+    tc.add_qdisc(route, ifindex, "tbf", handle=_TBF_HANDLE, options=options)
 
 
-def _tbf_fault(found: tuple[str, bytes] | None, bucket: _Bucket) -> str:
-    kind, options = found or ("none", b"")
-    if kind != "tbf":
-        return f"the qdisc is {kind}, not tbf"
-    said = attributes(options)
+def _tbf_fault(found: tc.Qdisc | None, bucket: _Bucket) -> str:
+    if found is None or found.kind != "tbf":
+        return f"the qdisc is {found.kind if found else 'none'}, not tbf"
+    said = attributes(found.options)
     _, rate, peak, limit, ticks, _ = _TBF_PARMS.unpack(said[_TCA_TBF_PARMS])
     if _TCA_TBF_RATE64 in said:
         (rate,) = struct.unpack("=Q", said[_TCA_TBF_RATE64])
@@ -254,32 +237,6 @@ def _tbf_fault(found: tuple[str, bytes] | None, bucket: _Bucket) -> str:
             f" made were {bucket.rate}, {bucket.burst}, {bucket.limit}, 0"
         )
     return ""
-
-
-def _add_qdisc(
-    route: Netlink, ifindex: int, kind: str, *, parent: int, handle: int, options: bytes = b""
-) -> None:
-    payload = _TCMSG.pack(0, ifindex, handle, parent, 0) + text(_TCA_KIND, kind)
-    if options:
-        payload += nested(_TCA_OPTIONS, options)
-    route.request(
-        _RTM_NEWQDISC,
-        payload,
-        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-        what=f"RTM_NEWQDISC {kind} of ifindex {ifindex}",
-    )
-
-
-def _qdiscs(route: Netlink) -> dict[tuple[int, int], tuple[str, bytes]]:
-    """Kind and options of every qdisc in the namespace, by ifindex and parent."""
-    found = {}
-    for answer in route.request(
-        _RTM_GETQDISC, bytes(_TCMSG.size), flags=netlink.NLM_F_DUMP, what="RTM_GETQDISC dump"
-    ):
-        _, ifindex, _, parent, _ = _TCMSG.unpack_from(answer)
-        said = attributes(answer[_TCMSG.size :])
-        found[ifindex, parent] = (as_text(said[_TCA_KIND]), said.get(_TCA_OPTIONS, b""))
-    return found
 
 
 def _selectors(mac: str | None) -> list[bytes]:
@@ -306,37 +263,22 @@ def _add_redirect(route: Netlink, ifindex: int, ifb: int, selector: bytes) -> No
         _TCA_ACT_OPTIONS, attribute(_TCA_MIRRED_PARMS, mirred)
     )
     options = attribute(_TCA_U32_SEL, selector) + nested(_TCA_U32_ACT, nested(1, action))
-    route.request(
-        _RTM_NEWTFILTER,
-        _TCMSG.pack(0, ifindex, 0, _INGRESS_HANDLE, _FILTER_INFO)
-        + text(_TCA_KIND, "u32")
-        + nested(_TCA_OPTIONS, options),
-        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-        what=f"RTM_NEWTFILTER u32, mirred of ifindex {ifindex}",
-    )
+    tc.add_filter(route, ifindex, tc.RECEIVED, "u32", options)
 
 
 def _redirects(route: Netlink, ifindex: int) -> list[_Redirect]:
     """Every filter at the link's ingress, in order; what is no redirection has ifindex 0."""
     found = []
-    for answer in route.request(
-        _RTM_GETTFILTER,
-        _TCMSG.pack(0, ifindex, 0, _INGRESS_HANDLE, 0),
-        flags=netlink.NLM_F_DUMP,
-        what=f"RTM_GETTFILTER dump of ifindex {ifindex}",
-    ):
-        *_, info = _TCMSG.unpack_from(answer)
-        said = attributes(answer[_TCMSG.size :])
-        options = attributes(said.get(_TCA_OPTIONS, b""))
-        is_u32 = as_text(said[_TCA_KIND]) == "u32"
-        if is_u32 and _TCA_U32_SEL not in options:
-            # The filters' common head, and the table that holds them (u32_walk).
+    for it in tc.list_filters(route, ifindex, tc.RECEIVED):
+        is_u32 = it.kind == "u32"
+        if is_u32 and _TCA_U32_SEL not in it.options:
+            # The table that holds the others (u32_walk).
             continue
         target = 0
         if is_u32:
-            actions = [attributes(payload) for _, payload in walk(options.get(_TCA_U32_ACT, b""))]
-            target = _target(actions)
-        found.append(_Redirect(options.get(_TCA_U32_SEL, b""), target, info))
+            actions = walk(it.options.get(_TCA_U32_ACT, b""))
+            target = _target([attributes(payload) for _, payload in actions])
+        found.append(_Redirect(it.options.get(_TCA_U32_SEL, b""), target, it.sees_all))
     return found
 
 

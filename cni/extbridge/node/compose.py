@@ -10,11 +10,13 @@ import resource
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from extbridge.handoff import free_taps
+from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
 from extbridge.network.store import list_networks, load_network
 from extbridge.node import broker, reconcile, sockets, wire
@@ -65,6 +67,9 @@ def run_agent(
         spool=spool,
     )
     _report_networks(networks_dir)
+    # Where the kernel has no such thing, who needs it is told.
+    with suppress(OSError):
+        loaded_program()
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
