@@ -78,6 +78,7 @@ def test_check_passes_what_add_made(
         ),
         ("nft flush chain netdev extbridge_{ifindex} ipv4", "differs in chain ipv4'"),
         ("nft insert rule netdev extbridge_{ifindex} source accept", "differs in chain source'"),
+        ("tc filter delete dev net1 egress", "antispoof is 'no program looks at the checksums"),
         ("tc qdisc delete dev net1 root", "what it sends is not limited as asked: "),
         (
             "tc qdisc replace dev net1 root tbf rate 1gbit burst 1mb latency 25ms",

@@ -223,7 +223,7 @@ def test_a_nic_that_sums_makes_no_difference(lab: Lab, pod: str) -> None:
         ((), ""),
         (("filter del dev net1 egress",), "no program"),
         (("qdisc del dev net1 clsact",), "no program"),
-        (("filter add dev net1 egress prio 2 u32 match u32 0 0 action ok",), "not alone"),
+        (("filter add dev net1 egress prio 2 u32 match u32 0 0 flowid 1:1",), "not alone"),
         (
             (
                 "filter del dev net1 egress",
