@@ -51,7 +51,8 @@ def take_taps(
 ) -> Iterator[list[Tap]]:
     """Open the taps of the namespace for `holder`, all or those named; closed after the block.
 
-    To pass them on, exec or send the fds inside the block; if that fails, they are free again.
+    All are those that are not handed over as devices. To pass them on, exec or send the fds inside
+    the block; if that fails, they are free again.
     Raises UnknownContainer if the namespace has no such NIC, TapHeld if a living process has it,
     WrongTap if the node is another's, NotPermitted if it has more links than MAX_LINKS.
     """
@@ -66,13 +67,18 @@ def take_taps(
             f"it has {present}; ADD makes them",
         )
     with ExitStack() as undo, ExitStack() as closing:
-        taps = []
+        taps: list[Tap] = []
+        devices: list[Link] = []
         for link in links:
             if ifnames and link.name not in ifnames:
                 continue
             container_id = _container_here(link, netns, ledger)
             with ledger.hold(container_id) as held:
-                entry = _free_entry(link, netns, held, holder)
+                entry = _entry_of(link, netns, held)
+                if entry.handoff == Handoff.DEVICE:
+                    devices.append(link)
+                    continue
+                _refuse_held(entry, holder)
                 fds = open_tap(link, entry.mac)
                 closing.callback(_close, fds)
                 vhost_fds = open_vhost(entry.queues)
@@ -91,6 +97,12 @@ def take_taps(
                     tuple(vhost_fds),
                     entry.addressing or Addressing(),
                 )
+            )
+        if devices and (ifnames or not taps):
+            raise TapHeld(
+                f"the tap of {devices[0].name} is handed over as the device"
+                f" /dev/tap{devices[0].ifindex}",
+                "its network says handoff: device; with handoff: fd, launchers get it",
             )
         yield taps
         undo.pop_all()
@@ -139,21 +151,19 @@ def _is_of(entry: Entry, link: Link, netns: int) -> bool:
     return (entry.ifindex, entry.netns_inode) == (link.ifindex, netns_inode(netns))
 
 
-def _free_entry(link: Link, netns: int, held: Held, holder: Holder) -> Entry:
+def _entry_of(link: Link, netns: int, held: Held) -> Entry:
     entry = next((it for it in held.entries() if it.done and _is_of(it, link, netns)), None)
     if entry is None:
         raise _unknown(link)
-    if entry.handoff == Handoff.DEVICE:
-        raise TapHeld(
-            f"the tap of {link.name} is handed over as the device /dev/tap{link.ifindex}",
-            "its network says handoff: device; with handoff: fd, launchers get it",
-        )
+    return entry
+
+
+def _refuse_held(entry: Entry, holder: Holder) -> None:
     if entry.holder is not None and entry.holder != holder and entry.holder.alive():
         raise TapHeld(
-            f"the tap of {link.name} is held by process {entry.holder.pid}",
+            f"the tap of {entry.ifname} is held by process {entry.holder.pid}",
             "a tap has one holder; end that process first",
         )
-    return entry
 
 
 def _unknown(link: Link) -> UnknownContainer:

@@ -73,3 +73,16 @@ def test_device_is_not_handed_over_twice(
     assert shim("ADD", with_device(nic, handoff="device"), NETNS=pod).status == 0
     assert f"handed over as the device /dev/tap{RESERVED}" in launcher.refusal(pod)
     assert agent.metrics()["extbridge_refusals_total{reason=TapHeld}"] == 1
+
+
+@pytest.mark.usefixtures("agent")
+def test_devices_do_not_keep_other_taps(shim: Cni, nic: Nic, pod: str, launcher: Launcher) -> None:
+    """A pod with a NIC of each kind gets its fds; the device only if it asks for it, and not so."""
+    assert shim("ADD", with_device(nic, handoff="device"), NETNS=pod).status == 0
+    assert shim("ADD", network_config(nic), NETNS=pod, IFNAME="net2").status == 0
+    mac = str(show_link("net2", pod)["address"])
+    assert launcher.printed(pod, "{net2.mac}") == [mac]
+    assert "no NIC net1" in launcher.refusal(pod, "echo", "{net1.mac}")
+    assert "handed over as" in launcher.refusal(pod, EXTBRIDGE_IFNAMES="net1,net2")
+    # What was refused holds nothing.
+    assert launcher.printed(pod, "{net2.mac}", EXTBRIDGE_IFNAMES="net2") == [mac]
