@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from extbridge.spec.errors import CniError
 from extbridge.spec.skel import translate
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -135,6 +138,88 @@ def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format:
     from extbridge.node.compose import run_agent
 
     run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
+
+
+_run_dir = click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where sockets, ledger and spool are.",
+)
+_no_colour = click.option("--no-color", is_flag=True, help="No colours; nor with NO_COLOR set.")
+
+
+def _output(*ways: str) -> Callable[[Command], Command]:
+    return click.option("-o", "--output", type=click.Choice(ways), default=ways[0])
+
+
+@cli.command(name="list")
+@_run_dir
+@_output("table", "wide", "json", "yaml")
+@click.option("--tree", is_flag=True, help="From each NIC to the processes that hold its taps.")
+@_no_colour
+def list_(run_dir: Path, output: str, *, tree: bool, no_color: bool) -> None:
+    """List this node's attachments: which pod has which NIC, and who holds its tap."""
+    from extbridge import console
+
+    told = console.attachments(run_dir)
+    if tree:
+        console.print_tree(told, colour=not no_color)
+    else:
+        console.print_attachments(told, output, colour=not no_color)
+
+
+@cli.command()
+@_run_dir
+@_output("text", "json", "yaml")
+@_no_colour
+@click.argument("which")
+def show(run_dir: Path, output: str, which: str, *, no_color: bool) -> None:
+    """Show everything about WHICH attachments, and whether they are as they were made.
+
+    WHICH is a pod (namespace/name, or its name), an interface, a MAC, a device's number, or the
+    beginning of a container ID.
+    """
+    from extbridge import console
+
+    told = console.shown(run_dir, which)
+    if not told:
+        raise click.ClickException(f"there is no attachment {which}; `extbridge list` has them all")
+    console.print_shown(told, output, colour=not no_color)
+
+
+@cli.command()
+@_run_dir
+@click.option(
+    "--networks-dir",
+    metavar="FOLDER",
+    help="Where networks are defined; without: where the agent has them.",
+)
+@_output("table", "json", "yaml")
+@_no_colour
+def networks(run_dir: Path, networks_dir: str | None, output: str, *, no_color: bool) -> None:
+    """List the networks that are defined, with their NICs, and what is amiss with them."""
+    from extbridge import console
+
+    told = console.defined(run_dir, networks_dir)
+    console.print_networks(told, output, colour=not no_color)
+
+
+@cli.command()
+@_run_dir
+@_output("text", "json")
+def watch(run_dir: Path, output: str) -> None:
+    """Print what happens to attachments, a line each, until interrupted."""
+    from extbridge import console
+
+    try:
+        for event in console.watched(run_dir):
+            console.print_event(event, output)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main() -> None:

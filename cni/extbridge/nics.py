@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from extbridge.kernel.links import (
@@ -64,6 +65,30 @@ def usable_nics(host: Netlink, network: Network, ledger: Ledger) -> list[Link]:
         raise _none_usable(network, faults)
     # Stable: what is alike otherwise stays in the order of the candidates.
     return sorted(usable, key=lambda link: (not link.carrier, len(attachments[link.ifindex])))
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """A NIC that a network names or selects; `fault` says why it cannot be used now, else empty."""
+
+    link: Link
+    attachments: int
+    fault: str
+
+
+def survey(host: Netlink, network: Network, ledger: Ledger) -> list[Surveyed]:
+    """The NICs of a network in the order of their names, with what is on them."""
+    attachments = _attachments_by_nic(ledger)
+    found = []
+    for link in _selected(host, network.dev):
+        fault = ""
+        try:
+            _refuse_unfit(host, link, network)
+            _refuse_taken(link, network, attachments[link.ifindex])
+        except CniError as error:
+            fault = error.message
+        found.append(Surveyed(link, len(attachments[link.ifindex]), fault))
+    return found
 
 
 def holders_of(lower_ifindex: int, entries: Iterable[Entry]) -> str:

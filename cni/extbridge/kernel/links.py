@@ -34,6 +34,7 @@ _IFLA_LINK = 5
 _IFLA_MASTER = 10
 _IFLA_LINKINFO = 18
 _IFLA_IFALIAS = 20
+_IFLA_STATS64 = 23
 _IFLA_GROUP = 27
 _IFLA_NET_NS_FD = 28
 _IFLA_EXT_MASK = 29
@@ -112,6 +113,16 @@ class Link:
             and self.group == GROUP
             and FIRST_IFINDEX <= self.ifindex <= LAST_IFINDEX
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Frames and octets through a macvtap, as the guest sees them: rx is what it received."""
+
+    rx_frames: int
+    rx_octets: int
+    tx_frames: int
+    tx_octets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +256,25 @@ def list_our_links(route: Netlink, *, at_most: int | None = None) -> list[Link]:
         what="RTM_GETLINK macvtaps",
     )
     return [link for link in map(_parse, answers) if link.ours]
+
+
+def count_our_links(route: Netlink) -> list[tuple[Link, Counters]]:
+    """The macvtaps of the socket's namespace that extbridge made, and what went through them."""
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "macvtap"))
+    found = []
+    for answer in route.request(
+        _RTM_GETLINK,
+        _IFINFO.pack(0, 0, 0, 0, 0) + kind,
+        flags=netlink.NLM_F_DUMP,
+        what="RTM_GETLINK macvtaps, with counters",
+    ):
+        link = _parse(answer)
+        if link.ours:
+            stats = netlink.attributes(answer[_IFINFO.size :])[_IFLA_STATS64]
+            # struct rtnl_link_stats64: frames received and sent, octets likewise.
+            rx_frames, tx_frames, rx_octets, tx_octets = struct.unpack_from("=4Q", stats)
+            found.append((link, Counters(rx_frames, rx_octets, tx_frames, tx_octets)))
+    return found
 
 
 def has_address(route: Netlink, ifindex: int) -> bool:

@@ -29,11 +29,11 @@ from extbridge.node.broker import HandOff, Lease
 from extbridge.node.launchers import THREADS as HAND_OFF_THREADS
 from extbridge.node.launchers import Launchers
 from extbridge.node.leases import Leases
-from extbridge.node.metrics import Metrics
+from extbridge.node.metrics import CONTENT_TYPE, Metrics
 from extbridge.node.peers import Peer, is_node_root
 from extbridge.node.reconcile import spooled
 from extbridge.node.refusals import Refusals
-from extbridge.node.scrape import accept_scrapers, serve_scraper
+from extbridge.node.scrape import Page, accept_scrapers, serve_scraper
 from extbridge.node.sockets import Sockets
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError, PluginNotAvailable, TryAgainLater
@@ -61,6 +61,7 @@ class Phase(Enum):
 class Services:
     """What the agent serves with; all but `reload` block and are called in threads.
 
+    `page` is what the metrics' socket has at a path, None where there is nothing but metrics.
     `replay_spool` and `repair` are given what says whether to leave the rest to the next agent.
     """
 
@@ -71,6 +72,7 @@ class Services:
     replay_spool: Callable[[Callable[[], bool]], int]
     repair: Callable[[Callable[[], bool]], Mapping[str, int]]
     reload: Callable[[], None]
+    page: Callable[[str], Page | None]
     spool: Path
 
 
@@ -183,7 +185,10 @@ class Agent:
 
     async def _serve_metrics(self, peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
-            await serve_scraper(peer, self._metrics.render, self._chores)
+            await serve_scraper(peer, self._page, self._chores)
+
+    def _page(self, path: str) -> Page:
+        return self._services.page(path) or Page(CONTENT_TYPE, self._metrics.render())
 
     def _serve_cni(self, peer: socket.socket) -> None:
         with peer, self._refusals.guarded():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from extbridge.handoff import free_taps
+from extbridge.inventory import list_attachments, list_defined, show_attachments
 from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
 from extbridge.network.store import list_networks, load_network
@@ -23,6 +24,7 @@ from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Services
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
+from extbridge.node.scrape import Page
 from extbridge.plugin import Node, verbs
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError, NotPermitted
@@ -64,6 +66,7 @@ def run_agent(
         replay_spool=partial(reconcile.replay_spool, spool, served, ledger),
         repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(_report_networks, networks_dir),
+        page=partial(_page, ledger, networks_dir),
         spool=spool,
     )
     _report_networks(networks_dir)
@@ -74,6 +77,20 @@ def run_agent(
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
         asyncio.run(agent.run(sockets.notify))
+
+
+def _page(ledger: Ledger, networks_dir: str, path: str) -> Page | None:
+    """What the command line asks for (inventory), as JSON."""
+    match path.split("/", 2)[1:]:
+        case ["attachments"]:
+            told = list_attachments(ledger)
+        case ["attachments", key]:
+            told = show_attachments(ledger, key)
+        case ["networks"]:
+            told = list_defined(ledger, networks_dir)
+        case _:
+            return None
+    return Page("application/json", json.dumps(told).encode())
 
 
 def _report_networks(directory: str) -> None:
