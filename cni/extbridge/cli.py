@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import click
 
@@ -157,6 +157,24 @@ def uninstall(bin_dir: Path, conf_dir: Path | None) -> None:
         remove(conf_dir)
     for path in uninstall_shim(bin_dir):
         click.echo(f"extbridge: {path} is not extbridge's, and was left", err=True)
+
+
+@cli.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.File("rb"))
+def convert(files: tuple[BinaryIO, ...]) -> None:
+    """Print, as YAML, the networks that macvtap-cni has in FILEs (- for standard input).
+
+    These are its ConfigMap and NetworkAttachmentDefinitions, as kubectl prints or takes them. What
+    cannot be carried over is said on standard error, and the exit status is 3 then.
+    """
+    from extbridge.network.convert import convert as convert_texts
+
+    converted = convert_texts({file.name: file.read() for file in files})
+    click.echo(converted.to_yaml(), nl=False)
+    for sentence in converted.left_out:
+        click.echo(f"left out: {sentence}", err=True)
+    if converted.left_out:
+        sys.exit(3)
 
 
 @cli.command()

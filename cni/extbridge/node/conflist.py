@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from extbridge.network.spelling_json import load_json
+from extbridge.network.store import decode
 from extbridge.network.wanted import POD_ANNOTATIONS, configured_network, refuse_unknown_keys
 from extbridge.node.install import SHIM, draft_of, locked, replace_file
 from extbridge.spec.errors import CniError, InvalidNetworkConfig, IoFailure, TryAgainLater
@@ -145,12 +146,7 @@ def _find_first(folder: Path) -> Path:
 
 
 def _read(path: Path) -> JsonObject:
-    try:
-        return as_object(load_json(path.read_bytes().decode()), where="the configuration")
-    except UnicodeDecodeError as failure:
-        raise InvalidNetworkConfig(
-            f"byte {failure.start} is not UTF-8", "save the file as UTF-8"
-        ) from failure
+    return as_object(load_json(decode(path.read_bytes())), where="the configuration")
 
 
 def _as_list(plugin: JsonObject) -> JsonObject:
