@@ -220,7 +220,21 @@ _run_dir = click.option(
     type=click.Path(path_type=Path),
     help="Where sockets, ledger and spool are.",
 )
-_no_colour = click.option("--no-color", is_flag=True, help="No colours; nor with NO_COLOR set.")
+
+
+def _no_colour(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    """Pipes get none either, and who has set NO_COLOR (no-color.org)."""
+    if value or os.environ.get("NO_COLOR"):
+        context.color = False
+
+
+_no_color = click.option(
+    "--no-color",
+    is_flag=True,
+    expose_value=False,
+    callback=_no_colour,
+    help="No colours; nor into a pipe, or with NO_COLOR set.",
+)
 
 
 def _output(*ways: str) -> Callable[[Command], Command]:
@@ -231,24 +245,24 @@ def _output(*ways: str) -> Callable[[Command], Command]:
 @_run_dir
 @_output("table", "wide", "json", "yaml")
 @click.option("--tree", is_flag=True, help="From each NIC to the processes that hold its taps.")
-@_no_colour
-def list_(run_dir: Path, output: str, *, tree: bool, no_color: bool) -> None:
+@_no_color
+def list_(run_dir: Path, output: str, *, tree: bool) -> None:
     """List this node's attachments: which pod has which NIC, and who holds its tap."""
     from extbridge import console
 
     told = console.attachments(run_dir)
     if tree:
-        console.print_tree(told, colour=not no_color)
+        console.print_tree(told)
     else:
-        console.print_attachments(told, output, colour=not no_color)
+        console.print_attachments(told, output)
 
 
 @cli.command()
 @_run_dir
 @_output("text", "json", "yaml")
-@_no_colour
+@_no_color
 @click.argument("which")
-def show(run_dir: Path, output: str, which: str, *, no_color: bool) -> None:
+def show(run_dir: Path, output: str, which: str) -> None:
     """Show everything about WHICH attachments, and whether they are as they were made.
 
     WHICH is a pod (namespace/name, or its name), an interface, a MAC, a device's number, or the
@@ -259,7 +273,7 @@ def show(run_dir: Path, output: str, which: str, *, no_color: bool) -> None:
     told = console.shown(run_dir, which)
     if not told:
         raise click.ClickException(f"there is no attachment {which}; `extbridge list` has them all")
-    console.print_shown(told, output, colour=not no_color)
+    console.print_shown(told, output)
 
 
 @cli.command()
@@ -270,13 +284,13 @@ def show(run_dir: Path, output: str, which: str, *, no_color: bool) -> None:
     help="Where networks are defined; without: where the agent has them.",
 )
 @_output("table", "json", "yaml")
-@_no_colour
-def networks(run_dir: Path, networks_dir: str | None, output: str, *, no_color: bool) -> None:
+@_no_color
+def networks(run_dir: Path, networks_dir: str | None, output: str) -> None:
     """List the networks that are defined, with their NICs, and what is amiss with them."""
     from extbridge import console
 
     told = console.defined(run_dir, networks_dir)
-    console.print_networks(told, output, colour=not no_color)
+    console.print_networks(told, output)
 
 
 @cli.command()

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.tree import Tree
 
 from extbridge.inventory import Told, list_attachments, list_defined, show_attachments
 from extbridge.ledger import Holder, Ledger
@@ -29,13 +26,26 @@ from extbridge.node.sockets import METRICS_SOCKET
 _ASK_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.25
 
-_PIPED_WIDTH: Final = 10_000
-"""Nothing is cut off for whoever reads a pipe."""
+_COLOURS: Final[Mapping[str, str]] = {
+    "in use": "green",
+    "ready": "cyan",
+    "out of sight": "yellow",
+    **dict.fromkeys(("half made", "gone", "down", "no carrier"), "red"),
+}
+"""Of what inventory calls an attachment's state."""
 
-_STATES: Final[Mapping[str, str]] = {"in use": "green", "ready": "cyan"}
-_AMISS: Final = "red"
+_GAP: Final = "  "
+_NARROWEST: Final = 4
 
-_Column = tuple[str, Callable[[Told], str], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column, and what an object has in it; of a `whole` one nothing is cut off."""
+
+    title: str
+    value: Callable[[Told], str]
+    whole: bool = False
+    is_number: bool = False
 
 
 def ask(run: Path, path: str) -> list[Told] | None:
@@ -76,61 +86,60 @@ def defined(run: Path, networks_dir: str | None) -> list[Told]:
     return list_defined(Ledger(run), networks_dir or DEFAULT_DIRECTORY) if told is None else told
 
 
-def print_attachments(told: Sequence[Told], output: str, *, colour: bool) -> None:
+def print_attachments(told: Sequence[Told], output: str) -> None:
     """As a table, a wide one, JSON or YAML."""
-    columns = _ATTACHMENT_WIDE if output == "wide" else _ATTACHMENT
-    _print(told, columns, output, colour=colour, nothing="no attachments")
+    _print(told, _ATTACHMENT_WIDE if output == "wide" else _ATTACHMENT, output, "no attachments")
 
 
-def print_networks(told: Sequence[Told], output: str, *, colour: bool) -> None:
+def print_networks(told: Sequence[Told], output: str) -> None:
     """Likewise."""
-    _print(told, _NETWORK, output, colour=colour, nothing="no networks are defined")
+    _print(told, _NETWORK, output, "no networks are defined")
 
 
-def print_tree(told: Sequence[Told], *, colour: bool) -> None:
+def print_tree(told: Sequence[Told]) -> None:
     """From each NIC over its networks and pods to the VM's NICs and who holds them."""
-    by_nic: defaultdict[str, defaultdict[str, defaultdict[str, list[Told]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    tree: dict[str, Any] = {}
     for it in told:
-        network = f"{it['network']} ({it['mode']})"
-        by_nic[it["nic"] or "no NIC"][network][it["pod"] or it["container"][:12]].append(it)
-    console = _console(colour=colour)
-    for nic, networks in sorted(by_nic.items()):
-        tree = Tree(escape(nic))
-        for network, pods in sorted(networks.items()):
-            branch = tree.add(escape(network))
-            for pod, its in sorted(pods.items()):
-                twig = branch.add(escape(pod))
-                for it in its:
-                    said = f"{it['interface']} {it['mac']} {' '.join(it['ips'])}".rstrip()
-                    leaf = twig.add(f"{escape(said)} {_coloured(it['state'])}")
-                    if it["holder"]:
-                        leaf.add(escape(f"{_holder(it['holder'])} since {it['holder']['since']}"))
-        console.print(tree, soft_wrap=not console.is_terminal)
+        nic = f"{it['interface']} {it['mac']} {' '.join(it['ips'])}".rstrip()
+        place = tree
+        for step in (it["nic"] or "no NIC", f"{it['network']} ({it['mode']})", _pod(it)):
+            place = place.setdefault(step, {})
+        holder = it["holder"]
+        held: dict[str, Any] = {f"{_holder(holder)} since {holder['since']}": {}} if holder else {}
+        place[f"{nic} {_coloured(it['state'])}"] = held
+    for nic, below in sorted(tree.items()):
+        click.echo(nic)
+        for line in _branches(below):
+            click.echo(line)
 
 
-def print_shown(told: Sequence[Told], output: str, *, colour: bool) -> None:
+def _branches(tree: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    names = sorted(tree)
+    for name in names:
+        is_last = name == names[-1]
+        yield f"{before}{'└── ' if is_last else '├── '}{name}"
+        yield from _branches(tree[name], f"{before}{'    ' if is_last else '│   '}")
+
+
+def print_shown(told: Sequence[Told], output: str) -> None:
     """Everything about each, one below the other."""
     if output in ("json", "yaml"):
         _print_as(told, output)
         return
-    console = _console(colour=colour)
     for number, it in enumerate(told):
         if number:
-            console.print()
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True, style="bold")
-        table.add_column(overflow="fold")
-        for name, value in _lines(it):
-            table.add_row(name, value)
-        console.print(table)
+            click.echo()
+        lines = list(_lines(it))
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
 
 
 def watched(run: Path) -> Iterator[Mapping[str, str]]:
     """What happens to attachments from now on, as it happens; never ends."""
-    before = _pictures(Ledger(run))
     ledger = Ledger(run)
+    before = _pictures(ledger)
+    yield {"time": _now(), "event": "watching"}
     while True:
         time.sleep(_LOOK_SECONDS)
         after = _pictures(ledger)
@@ -147,37 +156,59 @@ def print_event(event: Mapping[str, str], output: str) -> None:
     click.echo(" ".join(value for value in event.values() if value))
 
 
-def _print(
-    told: Sequence[Told], columns: Sequence[_Column], output: str, *, colour: bool, nothing: str
-) -> None:
+def _print(told: Sequence[Told], columns: Sequence[_Column], output: str, nothing: str) -> None:
     if output in ("json", "yaml"):
         _print_as(told, output)
         return
-    console = _console(colour=colour)
     if not told:
         click.echo(nothing, err=True)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, _, options in columns:
-        table.add_column(title, **{"no_wrap": True, "overflow": "ellipsis", **options})
-    for it in told:
-        table.add_row(*(value(it) for _, value, _ in columns))
-    console.print(table)
+    rows = [[column.value(it) for column in columns] for it in told]
+    widths = _fitted(columns, rows)
+    titles = [column.title for column in columns]
+    for row in (titles, *rows):
+        cells = []
+        for column, cell, width in zip(columns, row, widths, strict=True):
+            cut = cell if len(cell) <= width else f"{cell[: width - 1]}…"
+            padded = cut.rjust(width) if column.is_number else cut.ljust(width)
+            cells.append(_styled(padded, is_title=row is titles))
+        click.echo(_GAP.join(cells).rstrip())
+
+
+def _fitted(columns: Sequence[_Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    """How wide each column is: as it needs, or else the widest give way until all have room."""
+    widths = [
+        max(len(column.title), *(len(row[n]) for row in rows)) for n, column in enumerate(columns)
+    ]
+    can_give = [n for n, column in enumerate(columns) if not column.whole and not column.is_number]
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - _room()
+    while excess > 0 and any(widths[n] > _NARROWEST for n in can_give):
+        widest = max(can_give, key=lambda n: widths[n])
+        widths[widest] -= 1
+        excess -= 1
+    return widths
+
+
+def _room() -> int:
+    """The terminal's width; for a pipe there is no end to it, unless COLUMNS says so."""
+    is_bounded = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return shutil.get_terminal_size().columns if is_bounded else sys.maxsize
+
+
+def _styled(padded: str, *, is_title: bool) -> str:
+    if is_title:
+        return click.style(padded, bold=True)
+    state = padded.strip()
+    return _coloured(state) + padded[len(state) :] if state in _COLOURS else padded
 
 
 def _print_as(told: Sequence[Told], output: str) -> None:
     click.echo(json.dumps(told, indent=2) if output == "json" else values_to_yaml([told]).rstrip())
 
 
-def _console(*, colour: bool) -> Console:
-    """A terminal's width and colours; for a pipe no colours, and room for all."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
-    return Console(width=width, no_color=not colour, highlight=False)
-
-
 def _lines(it: Told) -> Iterator[tuple[str, str]]:
     holder, counters = it["holder"], it["counters"]
-    yield "pod", escape(it["pod"]) or "none"
+    yield "pod", it["pod"] or "none"
     yield "container", it["container"]
     yield "interface", f"{it['interface']} ({it['device']})"
     yield "state", _coloured(it["state"])
@@ -189,7 +220,7 @@ def _lines(it: Told) -> Iterator[tuple[str, str]]:
     yield "filter", it["antispoof"]
     yield "rate in/out", _rates(it["bandwidth"]) or "not limited"
     yield "handed over as", it["handoff"]
-    yield "held by", escape(f"{_holder(holder)} since {holder['since']}") if holder else "nobody"
+    yield "held by", f"{_holder(holder)} since {holder['since']}" if holder else "nobody"
     if counters:
         for way in ("rx", "tx"):
             frames, octets = counters[f"{way}_frames"], counters[f"{way}_octets"]
@@ -198,7 +229,7 @@ def _lines(it: Told) -> Iterator[tuple[str, str]]:
     yield "dropped", ", ".join(drops) or "nothing"
     yield "namespace", it["netns"]
     wrong = it["differences"]
-    yield "CHECK", f"[{_AMISS}]{escape('; '.join(wrong))}[/]" if wrong else "all is as ADD made it"
+    yield "CHECK", click.style("; ".join(wrong), fg="red") if wrong else "all is as ADD made it"
 
 
 def _pictures(ledger: Ledger) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -230,7 +261,7 @@ def _events(before: Told | None, after: Told | None) -> Iterator[Mapping[str, st
         happened.append("detached")
     for what in happened:
         yield {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": _now(),
             "pod": now["pod"],
             "interface": now["interface"],
             "event": what,
@@ -240,6 +271,10 @@ def _events(before: Told | None, after: Told | None) -> Iterator[Mapping[str, st
         }
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _command(holder: Holder) -> str:
     with suppress(OSError):
         return f" ({Path(f'/proc/{holder.pid}/comm').read_text(encoding='utf-8').strip()})"
@@ -247,7 +282,11 @@ def _command(holder: Holder) -> str:
 
 
 def _coloured(state: str) -> str:
-    return f"[{_STATES.get(state, _AMISS)}]{state}[/]"
+    return click.style(state, fg=_COLOURS[state])
+
+
+def _pod(it: Told) -> str:
+    return str(it["pod"] or it["container"][:12])
 
 
 def _holder(holder: Told | None) -> str:
@@ -282,44 +321,42 @@ def _free(it: Told) -> str:
 
 def _nic(nic: Told) -> str:
     state = "down" if not nic["up"] else "" if nic["carrier"] else "no carrier"
-    said = f"{escape(nic['name'])} ({nic['attachments']}{', ' + state if state else ''})"
-    return f"[{_AMISS}]{said}[/]" if nic["fault"] or state else said
+    return f"{nic['name']} ({nic['attachments']}{', ' + state if state else ''})"
 
 
 def _amiss(it: Told) -> str:
     faults = [it["fault"], *(nic["fault"] for nic in it["nics"])]
-    return "; ".join(escape(fault) for fault in faults if fault)
+    return "; ".join(fault for fault in faults if fault)
 
 
-_ATTACHMENT: Final[Sequence[_Column]] = (
-    ("POD", lambda it: it["pod"] or it["container"][:12], {}),
-    ("INTERFACE", lambda it: it["interface"], {}),
-    ("STATE", lambda it: _coloured(it["state"]), {}),
-    ("NETWORK", lambda it: it["network"], {}),
-    ("NIC", lambda it: it["nic"], {}),
-    ("MAC", lambda it: it["mac"], {"min_width": 17}),
-    ("ADDRESSES", lambda it: ",".join(it["ips"]), {}),
-    ("HELD BY", lambda it: _holder(it["holder"]), {}),
+_ATTACHMENT: Final = (
+    _Column("POD", _pod),
+    _Column("INTERFACE", lambda it: it["interface"], whole=True),
+    _Column("STATE", lambda it: it["state"], whole=True),
+    _Column("NETWORK", lambda it: it["network"]),
+    _Column("NIC", lambda it: it["nic"]),
+    _Column("MAC", lambda it: it["mac"], whole=True),
+    _Column("HELD BY", lambda it: _holder(it["holder"])),
 )
-_ATTACHMENT_WIDE: Final[Sequence[_Column]] = (
+_ATTACHMENT_WIDE: Final = (
     *_ATTACHMENT,
-    ("SINCE", lambda it: it["holder"]["since"] if it["holder"] else "", {}),
-    ("MODE", lambda it: it["mode"], {}),
-    ("MTU", lambda it: str(it["mtu"]), {"justify": "right"}),
-    ("QUEUES", lambda it: str(it["queues"]), {"justify": "right"}),
-    ("FILTER", lambda it: it["antispoof"], {}),
-    ("RATE IN/OUT", lambda it: _rates(it["bandwidth"]), {}),
-    ("RX", lambda it: _traffic(it["counters"], "rx"), {"justify": "right"}),
-    ("TX", lambda it: _traffic(it["counters"], "tx"), {"justify": "right"}),
-    ("DROPS", lambda it: str(sum(it["drops"].values())), {"justify": "right"}),
-    ("DEVICE", lambda it: it["device"], {}),
+    _Column("ADDRESSES", lambda it: ",".join(it["ips"])),
+    _Column("SINCE", lambda it: it["holder"]["since"] if it["holder"] else ""),
+    _Column("MODE", lambda it: it["mode"]),
+    _Column("MTU", lambda it: str(it["mtu"]), is_number=True),
+    _Column("QUEUES", lambda it: str(it["queues"]), is_number=True),
+    _Column("FILTER", lambda it: it["antispoof"]),
+    _Column("IN/OUT", lambda it: _rates(it["bandwidth"])),
+    _Column("RX", lambda it: _traffic(it["counters"], "rx"), is_number=True),
+    _Column("TX", lambda it: _traffic(it["counters"], "tx"), is_number=True),
+    _Column("DROPS", lambda it: str(sum(it["drops"].values())), is_number=True),
 )
-_NETWORK: Final[Sequence[_Column]] = (
-    ("NETWORK", lambda it: it["name"], {}),
-    ("MODE", lambda it: it.get("mode", ""), {}),
-    ("FILTER", lambda it: it.get("antispoof", ""), {}),
-    ("VMS", lambda it: str(it.get("attachments", "")), {"justify": "right"}),
-    ("FREE", _free, {"justify": "right"}),
-    ("NICS", lambda it: ", ".join(map(_nic, it["nics"])), {"no_wrap": False}),
-    ("AMISS", _amiss, {"no_wrap": False}),
+_NETWORK: Final = (
+    _Column("NETWORK", lambda it: it["name"]),
+    _Column("MODE", lambda it: it.get("mode", "")),
+    _Column("FILTER", lambda it: it.get("antispoof", "")),
+    _Column("VMS", lambda it: str(it.get("attachments", "")), is_number=True),
+    _Column("FREE", _free, is_number=True),
+    _Column("NICS", lambda it: ", ".join(map(_nic, it["nics"]))),
+    _Column("AMISS", _amiss),
 )
