@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -67,9 +66,10 @@ def run_agent(
         spool=spool,
     )
     _report_networks(networks_dir)
-    # Where the kernel has no such thing, who needs it is told.
-    with suppress(OSError):
+    try:
         loaded_program()
+    except OSError as error:
+        log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
