@@ -73,7 +73,8 @@ def able_nics(host: Netlink, network: Network, ledger: Ledger) -> tuple[int, set
     Without carrier a NIC cannot, as STATUS has it. One that attachments of the network itself have
     taken can. `host` is as for usable_nics.
     """
-    links = _selected(host, network.dev)
+    named = [find_link(host, name=name) for name in network.dev.names]
+    links = [link for link in named if link is not None] if named else _selected(host, network.dev)
     others: defaultdict[int, list[Entry]] = defaultdict(list)
     for ifindex, entries in _attachments_by_nic(ledger).items():
         others[ifindex] = [entry for entry in entries if entry.definition != network.name]

@@ -47,6 +47,7 @@ from extbridge.network.wanted import (
     configured_network,
     count_nics,
     derived_or_given_mac,
+    inline_definition,
     refuse_unknown_keys,
     wanted_nics,
 )
@@ -242,7 +243,7 @@ def cmd_status(request: Request, node: Node) -> None:
         network = configured_network(request.config, node.networks_dir)
     except (InvalidNetworkConfig, IoFailure) as error:
         named = fields.get_str(request.config, "network")
-        if not named:
+        if not named or inline_definition(request.config) is not None:
             raise
         # The configuration is right: what is wrong is the node's, for as long as that takes.
         raise PluginNotAvailable(f"network {named}: {error.message}", error.hint) from error

@@ -235,6 +235,7 @@ def test_kubelet_comes_later(tmp_path: Path, agent: Agent, kubelet: Kubelet, shi
 
 def test_kubelet_refuses_for_now(kubelet: Kubelet, networks: Networks, agent: Agent) -> None:
     """A registration that is refused is tried again, and the log has one line about it."""
+    kubelet.sees("blue", healthy=DEVICES)
     kubelet.ask("refuse", times=2)
     networks.define("red")
     kubelet.sees("red", healthy=DEVICES)
@@ -301,6 +302,10 @@ def test_health_follows_the_nic(kubelet: Kubelet, agent: Agent, lab: Lab, nic: N
     run("ip", "link", "delete", nic.name)
     kubelet.sees("blue", healthy=0, unhealthy=DEVICES)
     agent.counts({"devices{health=Unhealthy,network=blue}": DEVICES})
+    run("ip", "link", "add", nic.name, "type", "veth", "peer", "name", "xbback")
+    run("ip", "link", "set", "xbback", "up")
+    run("ip", "link", "set", nic.name, "up")
+    kubelet.sees("blue", healthy=DEVICES)
 
 
 @pytest.mark.usefixtures("agent")
@@ -445,6 +450,23 @@ def test_broken_network_does_not_keep_the_others(
     assert status_of(shim, "red").status == 0
     agent.counts({"network_broken{network=red}": 0})
     until(lambda: "network red: nothing is wrong with it any more" in agent.log)
+
+
+def test_folder_that_cannot_be_read(
+    kubelet: Kubelet, networks: Networks, agent: Agent, tmp_path: Path
+) -> None:
+    """While the folder of definitions is none, nothing changes; the log says so, once."""
+    devices = kubelet.sees("blue", healthy=DEVICES)
+    networks.folder.rename(tmp_path / "away")
+    networks.folder.touch()
+    until(lambda: "device plugins: [Errno 20] Not a directory" in agent.log)
+    assert "error: device plugins" in agent.log
+    networks.folder.unlink()
+    (tmp_path / "away").rename(networks.folder)
+    networks.define("red")
+    kubelet.sees("red", healthy=DEVICES)
+    assert kubelet.sees("blue", healthy=DEVICES) == devices
+    assert agent.log.count("device plugins:") == 1
 
 
 def test_network_with_a_name_that_is_no_resources(

@@ -46,10 +46,10 @@ _RESOURCE_NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9]
 _MAX_SOCKET_PATH: Final = 107
 """man 7 unix, sun_path, without its NUL."""
 
-_SETTLE_SECONDS: Final = 0.1
+_SETTLE_SECONDS: Final = 0.2
 """What changes comes in crowds: an ADD alone changes a NIC's flags twice."""
 
-_RETRY_SECONDS: Final = 5.0
+_RETRY_SECONDS: Final = 2.0
 
 
 class DevicePlugins:
@@ -73,7 +73,8 @@ class DevicePlugins:
         self._complaints: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._failure = ""
         self._thread = threading.Thread(target=self._run, name="device plugins")
 
     def start(self) -> None:
@@ -96,7 +97,7 @@ class DevicePlugins:
         self._thread.join()
 
     def _stop(self) -> None:
-        self._stopping = True
+        self._stopping.set()
         self._changed.set()
 
     def _run(self) -> None:
@@ -105,18 +106,23 @@ class DevicePlugins:
 
     async def _serve(self) -> None:
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 try:
                     await self._follow()
-                except Exception as error:
-                    # The agent's other work goes on without.
-                    log.error(  # noqa: TRY400 - a traceback is for defects only
-                        "device plugins: %s", error, exc_info=not isinstance(error, OSError)
-                    )
-                    await asyncio.sleep(_RETRY_SECONDS)
+                except Exception as error:  # noqa: BLE001 - the agent's other work goes on
+                    self._say_once(error)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), _RETRY_SECONDS)
         finally:
             for resource in self._resources.values():
                 await resource.close()
+
+    def _say_once(self, error: Exception) -> None:
+        failure = str(error)
+        # A traceback is for defects only.
+        if failure != self._failure:
+            log.error("device plugins: %s", error, exc_info=not isinstance(error, OSError))
+        self._failure = failure
 
     async def _follow(self) -> None:
         """Look whenever something has changed, until the agent stops."""
@@ -126,12 +132,13 @@ class DevicePlugins:
                 closing.callback(changes.close)
                 self._loop.add_reader(changes, self._note, changes)
                 closing.callback(self._loop.remove_reader, changes)
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._changed.clear()
                 folders.watch((self._folder, self._networks_dir))
                 await self._look()
+                self._failure = ""
                 await self._changed.wait()
-                if not self._stopping:
+                if not self._stopping.is_set():
                     await asyncio.sleep(_SETTLE_SECONDS)
 
     def _note(self, changes: FolderChanges | LinkChanges) -> None:
