@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import click
 
 from extbridge.spec.errors import CniError
 from extbridge.spec.skel import translate
+
+if TYPE_CHECKING:
+    from extbridge.node.agent import Companion
+    from extbridge.node.metrics import Metrics
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -200,12 +206,44 @@ def convert(files: tuple[BinaryIO, ...]) -> None:
     help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
     " IPAM plugins are run.",
 )
+@click.option(
+    "--device-plugins",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Offer each network to kubelet as the resource extbridge.io/NETWORK. The folder is"
+    " kubelet's for device plugins, mostly /var/lib/kubelet/device-plugins.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format: str) -> None:
+def agent(
+    run_dir: str,
+    networks_dir: str,
+    host_process: int | None,
+    device_plugins: Path | None,
+    log_format: str,
+) -> None:
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
 
-    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
+    run = Path(run_dir)
+    reservations = None
+    companions: list[Callable[[Metrics], Companion]] = []
+    if device_plugins is not None:
+        # gRPC is 25 MB that an agent without kubelet does not need.
+        from extbridge.kube.device_plugin import DevicePlugins
+        from extbridge.reservations import Reservations
+
+        reservations = Reservations(os.uname().nodename)
+        companions.append(
+            partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
+        )
+    run_agent(
+        run,
+        networks_dir,
+        as_json=log_format == "json",
+        host_process=host_process,
+        reservations=reservations,
+        companions=companions,
+    )
 
 
 def main() -> None:

@@ -47,10 +47,12 @@ from extbridge.network.wanted import (
     configured_network,
     count_nics,
     derived_or_given_mac,
+    inline_definition,
     refuse_unknown_keys,
     wanted_nics,
 )
 from extbridge.nics import usable_nics
+from extbridge.reservations import Reservations
 from extbridge.spec import fields, skel
 from extbridge.spec.errors import (
     AttachmentDiffers,
@@ -78,11 +80,13 @@ class Node:
 
     `networks_dir` has the definitions that configurations only name. `host_process` is a process of
     the host's, in whose mount namespace IPAM plugins are run; None: in this one's own.
+    `reservations` are the device plugin's; None where there is none, and any deviceID is taken.
     """
 
     ledger: Ledger
     networks_dir: str = DEFAULT_DIRECTORY
     host_process: int | None = None
+    reservations: Reservations | None = None
 
 
 def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
@@ -92,6 +96,9 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     if not nics:
         return result
     with ExitStack() as closing, ExitStack() as undo:
+        for nic in nics:
+            if nic.ifindex is not None and node.reservations is not None:
+                closing.enter_context(node.reservations.claimed(nic.network.name, nic.ifindex))
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
         netns = _pods_netns(request, closing)
         held = closing.enter_context(node.ledger.hold(request.container_id))
@@ -232,7 +239,14 @@ def cmd_gc(request: Request, node: Node) -> None:
 def cmd_status(request: Request, node: Node) -> None:
     """Whether an ADD can succeed: a NIC is there, and has carrier (SPEC section 2, "STATUS")."""
     refuse_unknown_keys(request.config)
-    network = configured_network(request.config, node.networks_dir)
+    try:
+        network = configured_network(request.config, node.networks_dir)
+    except (InvalidNetworkConfig, IoFailure) as error:
+        named = fields.get_str(request.config, "network")
+        if not named or inline_definition(request.config) is not None:
+            raise
+        # The configuration is right: what is wrong is the node's, for as long as that takes.
+        raise PluginNotAvailable(f"network {named}: {error.message}", error.hint) from error
     if network is None:
         return
     with Netlink(NETLINK_ROUTE) as host:

@@ -14,9 +14,9 @@ import resource
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import count, cycle
 from pathlib import Path
@@ -178,7 +178,14 @@ class Stage:
 
     def time_start(self) -> float:
         """Milliseconds until a further agent, in a folder of its own, says that it serves."""
+        with self.further_agent() as (_, took):
+            return took
+
+    @contextmanager
+    def further_agent(self, *options: str) -> Iterator[tuple[int, float]]:
+        """A further agent for the length of the block: its process, and how long it took (ms)."""
         address = self._folder / "notify"
+        command = (executable("extbridge"), "agent", "--run-dir", str(self._folder / "further"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, ExitStack() as closing:
             notified.bind(str(address))
             closing.callback(address.unlink)
@@ -186,7 +193,7 @@ class Stage:
             began = time.perf_counter()
             agent = closing.enter_context(
                 subprocess.Popen(
-                    (executable("extbridge"), "agent", "--run-dir", str(self._folder / "further")),
+                    (*command, *options),
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env={**os.environ, "NOTIFY_SOCKET": str(address)},
@@ -195,7 +202,7 @@ class Stage:
             closing.callback(agent.kill)
             if notified.recv(100) != b"READY=1":
                 raise BenchFailure("an agent ended before it served")
-            return (time.perf_counter() - began) * 1000
+            yield agent.pid, (time.perf_counter() - began) * 1000
 
     def ask(self, plugin: Plugin, verb: str, pod: Pod) -> None:
         """Ask the agent without a process, for what need not be timed."""

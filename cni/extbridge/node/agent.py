@@ -15,13 +15,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from extbridge.node import wire
 from extbridge.node.answering import AnsweringThreads
@@ -74,13 +74,30 @@ class Services:
     spool: Path
 
 
+class Companion(Protocol):
+    """What lives beside the agent as long as it serves, in threads of its own."""
+
+    def start(self) -> None:
+        """Begin. The agent serves only afterwards, so nothing outside of the node is waited for."""
+
+    def stop(self) -> None:
+        """End, and return when that is done; what has not started has nothing to do."""
+
+
 class Agent:
     """The agent's life, from sockets that listen to the last request answered."""
 
-    def __init__(self, services: Services, sockets: Sockets, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        services: Services,
+        sockets: Sockets,
+        metrics: Metrics,
+        companions: Sequence[Companion] = (),
+    ) -> None:
         self._services = services
         self._sockets = sockets
         self._metrics = metrics
+        self._companions = companions
         self._refusals = Refusals(metrics)
         self._phase = Phase.STARTING
         self._chores = ThreadPoolExecutor(CHORE_THREADS, "chore")
@@ -106,6 +123,9 @@ class Agent:
             )
             closing.callback(launchers.close)
             await self._reconcile(leases, stop)
+            for companion in self._companions:
+                closing.callback(companion.stop)
+                companion.start()
             if not stop.is_set():
                 await self._serve(launchers, stop, notify)
 

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,14 +18,15 @@ from typing import Final
 from extbridge.handoff import free_taps
 from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
-from extbridge.network.store import list_networks, load_network
 from extbridge.node import broker, reconcile, sockets, wire
-from extbridge.node.agent import Agent, Services
+from extbridge.node.agent import Agent, Companion, Services
+from extbridge.node.definitions import read_networks, report_networks
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.plugin import Node, verbs
+from extbridge.reservations import Reservations
 from extbridge.spec import skel
-from extbridge.spec.errors import CniError, NotPermitted
+from extbridge.spec.errors import NotPermitted
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,18 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 def run_agent(
-    run: Path, networks_dir: str, *, as_json: bool, host_process: int | None = None
+    run: Path,
+    networks_dir: str,
+    *,
+    as_json: bool,
+    host_process: int | None = None,
+    reservations: Reservations | None = None,
+    companions: Sequence[Callable[[Metrics], Companion]] = (),
 ) -> None:
-    """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
+    """Be the node's agent until SIGTERM; of `host_process` and `reservations` see plugin.Node.
+
+    Each of `companions` makes one that lives as long as the agent serves.
+    """
     if os.geteuid() != 0:
         raise NotPermitted("the agent is not root", "run it as root with all capabilities")
     _log_to_stderr(as_json=as_json)
@@ -42,11 +53,12 @@ def run_agent(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
-    served = verbs(Node(ledger, networks_dir, host_process))
+    served = verbs(Node(ledger, networks_dir, host_process, reservations))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
         attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
         spooled=lambda: len(reconcile.spooled(spool)),
+        broken=lambda: read_networks(networks_dir)[1],
     )
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
@@ -62,34 +74,18 @@ def run_agent(
         leases=partial(broker.leases_of, ledger),
         replay_spool=partial(reconcile.replay_spool, spool, served, ledger),
         repair=partial(reconcile.repair, ledger, host_process),
-        reload=partial(_report_networks, networks_dir),
+        reload=partial(report_networks, networks_dir),
         spool=spool,
     )
-    _report_networks(networks_dir)
+    report_networks(networks_dir)
     try:
         loaded_program()
     except OSError as error:
         log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
-        agent = Agent(services, listening, metrics)
+        agent = Agent(services, listening, metrics, [make(metrics) for make in companions])
         asyncio.run(agent.run(sockets.notify))
-
-
-def _report_networks(directory: str) -> None:
-    """Say which definitions are good; each request reads them anew, so nothing else is due."""
-    try:
-        names = list_networks(directory)
-    except OSError as error:
-        log.error("networks: %s", error)  # noqa: TRY400 - the user's, no defect
-        return
-    for name in names:
-        try:
-            load_network(name, directory)
-        except CniError as error:
-            log.error("network %s: %s", name, error)  # noqa: TRY400 - the user's, no defect
-        else:
-            log.info("network %s is defined", name)
 
 
 def _log_to_stderr(*, as_json: bool) -> None:

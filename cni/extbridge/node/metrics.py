@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -34,14 +35,39 @@ class _Attachments(Collector):
         yield by_nic
 
 
+class _Broken(Collector):
+    """Which definitions cannot be used: asked when somebody reads it, as a request would."""
+
+    def __init__(self, find: Callable[[], Collection[str]]) -> None:
+        self._find = find
+
+    def collect(self) -> Iterator[Metric]:
+        broken = GaugeMetricFamily(
+            "extbridge_network_broken", "Networks whose definition is broken.", labels=("network",)
+        )
+        # No folder, no definition: the log says so.
+        with suppress(OSError):
+            for network in self._find():
+                broken.add_metric((network,), 1)
+        yield broken
+
+
 class Metrics:
-    """The agent's counters; `attachments` and `spooled` are asked when somebody reads them."""
+    """The agent's counters; what is given is asked when somebody reads them.
+
+    `attachments` are by NIC, `spooled` is a number, `broken` are names of networks.
+    """
 
     def __init__(
-        self, *, attachments: Callable[[], Mapping[str, int]], spooled: Callable[[], int]
+        self,
+        *,
+        attachments: Callable[[], Mapping[str, int]],
+        spooled: Callable[[], int],
+        broken: Callable[[], Collection[str]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Attachments(attachments))
+        self._registry.register(_Broken(broken))
         self.requests = Counter(
             "extbridge_requests",
             "CNI requests answered, by verb and by the code of the answer (0 is success).",
@@ -82,6 +108,25 @@ class Metrics:
         Gauge(
             "extbridge_spool_length", "DELs that wait in the spool.", registry=self._registry
         ).set_function(spooled)
+
+        self.devices = Gauge(
+            "extbridge_devices",
+            "Devices offered to kubelet, by their network and whether a NIC can carry them.",
+            ("network", "health"),
+            registry=self._registry,
+        )
+        self.allocations = Counter(
+            "extbridge_device_allocations",
+            "Devices that kubelet has allocated to containers.",
+            ("network",),
+            registry=self._registry,
+        )
+        self.registrations = Counter(
+            "extbridge_device_registrations",
+            "Registrations with kubelet, by what gRPC says of them (OK is success).",
+            ("network", "code"),
+            registry=self._registry,
+        )
 
     def render(self) -> bytes:
         """All of it in the text format that Prometheus reads."""

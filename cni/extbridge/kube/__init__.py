@@ -1,0 +1,1 @@
+"""What extbridge has to do with Kubernetes itself."""
