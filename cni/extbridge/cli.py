@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -129,12 +130,69 @@ def install(bin_dir: Path) -> None:
     help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
     " IPAM plugins are run.",
 )
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="Ask the API server about pods, and tell it of their NICs, as this pod's service account.",
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The same, as this file says.",
+)
+@click.option(
+    "--node-name",
+    envvar="NODE_NAME",
+    metavar="NAME",
+    help="The node's name in the cluster; needed with either.",
+)
+@click.option(
+    "--orphans-after",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With either: when NICs are freed whose pod is gone, and with which no process works.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format: str) -> None:
+def agent(  # noqa: PLR0917 - click calls it, by keyword
+    run_dir: str,
+    networks_dir: str,
+    host_process: int | None,
+    kubeconfig: Path | None,
+    node_name: str | None,
+    orphans_after: float,
+    log_format: str,
+    *,
+    kubernetes: bool,
+) -> None:
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
 
-    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
+    cluster = None
+    if kubernetes or kubeconfig is not None:
+        if not node_name:
+            raise click.UsageError(
+                "--kubernetes and --kubeconfig need --node-name, or NODE_NAME in the environment"
+                " (fieldRef spec.nodeName)"
+            )
+        from extbridge.kube.cluster import Cluster
+
+        cluster = partial(
+            Cluster,
+            node=node_name,
+            kubeconfig=kubeconfig,
+            host_process=host_process,
+            orphan_seconds=orphans_after,
+        )
+    run_agent(
+        Path(run_dir),
+        networks_dir,
+        as_json=log_format == "json",
+        host_process=host_process,
+        cluster=cluster,
+    )
 
 
 def main() -> None:

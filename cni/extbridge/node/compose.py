@@ -10,15 +10,17 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from extbridge.handoff import free_taps
 from extbridge.ledger import Ledger
 from extbridge.network.store import list_networks, load_network
+from extbridge.network.wanted import FindPod
 from extbridge.node import broker, reconcile, sockets, wire
-from extbridge.node.agent import Agent, Services
+from extbridge.node.agent import Agent, Companion, Services
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.plugin import Node, verbs
@@ -30,10 +32,26 @@ log = logging.getLogger(__name__)
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
+class Cluster(Companion, Protocol):
+    """What of Kubernetes the agent works with: network.wanted.FindPod, and who observes."""
+
+    @property
+    def find_pod(self) -> FindPod: ...
+    def observe(self, request: wire.Request, answer: skel.Answer, /) -> None: ...
+
+
 def run_agent(
-    run: Path, networks_dir: str, *, as_json: bool, host_process: int | None = None
+    run: Path,
+    networks_dir: str,
+    *,
+    as_json: bool,
+    host_process: int | None = None,
+    cluster: Callable[[Ledger, Metrics], Cluster] | None = None,
 ) -> None:
-    """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
+    """Be the node's agent until SIGTERM; of `host_process` see plugin.Node.
+
+    `cluster` makes what there is of one; it may raise CniError.
+    """
     if os.geteuid() != 0:
         raise NotPermitted("the agent is not root", "run it as root with all capabilities")
     _log_to_stderr(as_json=as_json)
@@ -41,12 +59,15 @@ def run_agent(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
-    served = verbs(Node(ledger, networks_dir, host_process))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
         attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
         spooled=lambda: len(reconcile.spooled(spool)),
     )
+
+    joined = cluster(ledger, metrics) if cluster is not None else None
+    find_pod = joined.find_pod if joined is not None else None
+    served = verbs(Node(ledger, networks_dir, host_process, find_pod))
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
         return skel.run(request.environ, request.body, served, netns_fd=netns)
@@ -63,11 +84,13 @@ def run_agent(
         repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(_report_networks, networks_dir),
         spool=spool,
+        observe=joined.observe if joined is not None else None,
     )
     _report_networks(networks_dir)
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
-        agent = Agent(services, listening, metrics)
+        companions = [joined] if joined is not None else []
+        agent = Agent(services, listening, metrics, companions)
         asyncio.run(agent.run(sockets.notify))
 
 

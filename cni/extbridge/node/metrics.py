@@ -76,12 +76,34 @@ class Metrics:
             ("kind",),
             registry=self._registry,
         )
+        self._api_failures = Counter(
+            "extbridge_api_failures",
+            "Calls of Kubernetes' API server that failed, by purpose and kind.",
+            ("call", "kind"),
+            registry=self._registry,
+        )
+        self.reports = Counter(
+            "extbridge_reports",
+            "Events and statuses for pods: told, counted with an earlier one, late (the pod is"
+            " gone), lost (refused, or too many), none (nothing to tell).",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.pods_known = Gauge(
+            "extbridge_pods_known",
+            "1 once the API server has told which pods this node has.",
+            registry=self._registry,
+        )
         self.leases = Gauge(
             "extbridge_leases", "Processes that hold taps.", registry=self._registry
         )
         Gauge(
             "extbridge_spool_length", "DELs that wait in the spool.", registry=self._registry
         ).set_function(spooled)
+
+    def count_api_failure(self, call: str, kind: str) -> None:
+        """Count a call of the API server that failed."""
+        self._api_failures.labels(call, kind).inc()
 
     def render(self) -> bytes:
         """All of it in the text format that Prometheus reads."""

@@ -1,0 +1,1 @@
+"""Kubernetes: the API server. The only importers of its client, and of gRPC."""
