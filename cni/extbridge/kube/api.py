@@ -23,8 +23,12 @@ from kubernetes.client import ApiClient, Configuration
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
 from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError, ReadTimeoutError
-from urllib3.exceptions import TimeoutError as ConnectTimeoutError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ReadTimeoutError,
+)
 
 from extbridge.spec.errors import InvalidEnvironment
 from extbridge.spec.fields import JsonObject
@@ -120,6 +124,10 @@ class Api:
         self._configuration.keep_alive = True
         self._client = ApiClient(self._configuration)
         self._client.user_agent = "extbridge"
+
+    def close(self) -> None:
+        """Close the connections that no call has."""
+        self._client.close()  # type: ignore[no-untyped-call]
 
     def get(self, path: str, *, accept: str, seconds: float, query: Query = ()) -> JsonObject:
         """The object, or list, at the path."""
@@ -276,17 +284,16 @@ def _told_failures() -> Iterator[None]:
     """Whatever the client raises, as ApiFailure."""
     try:
         yield
-    except (ReadTimeoutError, ConnectTimeoutError) as error:
-        raise ApiFailure(Failure.SLOW, _told(error)) from error
     # ValueError: a socket that was closed meanwhile. ConfigException: a token that is gone.
     except (HTTPError, OSError, ApiException, ConfigException, ValueError) as error:
-        raise ApiFailure(Failure.UNREACHABLE, _told(error)) from error
-
-
-def _told(error: Exception) -> str:
-    # Its own words name the connection's object and its address in memory.
-    cause = error.__cause__ or error.__context__ or error
-    return " ".join(f"{type(error).__name__}: {cause}".split())
+        # A connection that was refused is a ConnectTimeoutError too.
+        is_slow = isinstance(error, ReadTimeoutError | ConnectTimeoutError) and not isinstance(
+            error, NewConnectionError
+        )
+        said = error.args[0] if error.args and isinstance(error.args[0], str) else error
+        raise ApiFailure(
+            Failure.SLOW if is_slow else Failure.UNREACHABLE, f"{type(error).__name__}: {said}"
+        ) from error
 
 
 def _refusal(response: BaseHTTPResponse) -> ApiFailure:

@@ -37,7 +37,8 @@ class Cluster:
     ) -> None:
         api = Api(kubeconfig)
         pods = PodCache(api, node, metrics.count_api_failure)
-        metrics.pods_known.set_function(lambda: pods.synced)
+        metrics.pods_known.set_function(lambda: pods.number)
+        self._api = api
         self._pods = pods
         self._reports = Reports(api, pods, node, ledger, metrics)
         self._orphans = Orphans(
@@ -59,3 +60,4 @@ class Cluster:
         self._reports.stop()
         self._reports.join(_STOP_SECONDS)
         self._orphans.join(_STOP_SECONDS)
+        self._api.close()

@@ -92,6 +92,11 @@ class PodCache:
         """Whether all pods of the node have been seen, once at least."""
         return self._synced.is_set()
 
+    @property
+    def number(self) -> int:
+        """How many there are; -1 as long as that is not known."""
+        return len(self._pods) if self.synced else -1
+
     def start(self) -> None:
         """Begin to follow; waits for nothing."""
         self._thread.start()

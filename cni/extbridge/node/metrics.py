@@ -91,7 +91,7 @@ class Metrics:
         )
         self.pods_known = Gauge(
             "extbridge_pods_known",
-            "1 once the API server has told which pods this node has.",
+            "Pods that the API server says are on this node; -1 as long as it has not said.",
             registry=self._registry,
         )
         self.leases = Gauge(
