@@ -35,13 +35,10 @@ from extbridge.kernel.taps import unused_ifindex
 from extbridge.ledger import Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.spec import skel
-from tests.bench.stage import BenchFailure, Plugin, Pod, Stage, milliseconds
+from tests.bench.stage import PODS_OF_A_NODE, BenchFailure, Plugin, Pod, Stage, milliseconds
 
 FEW: Final = 10
 MANY: Final = 1000
-
-PODS_OF_A_NODE: Final = 110
-"""What kubelet runs unless it is told otherwise (maxPods)."""
 
 STEPS: Final = {
     "parse request": (skel, "parse_request"),
@@ -154,6 +151,25 @@ def time_on_full_node(stage: Stage, samples: Samples, runs: int) -> None:
     some(MANY, runs)
     _ask_at_once(stage, "DEL", standing)
     some(FEW, runs // 2)
+
+
+def time_in_cluster(stage: Stage, samples: Samples, runs: int) -> None:
+    """ADD by an agent that belongs to a cluster, in turns with one that does not; and its size."""
+    member = stage.join_cluster()
+    for _ in range(max(5, runs // 10)):
+        samples["agent's start, Kubernetes"].append(stage.time_start(*stage.in_cluster))
+    take, take_known = stage.pods(_POOL), stage.pods(_POOL, known=True)
+    jobs: list[Callable[[], Undo]] = [
+        lambda: _attach(stage, samples, "extbridge, Kubernetes", member, take_known()),
+        lambda: _attach(stage, samples, "extbridge beside it", stage.shim, take()),
+    ]
+    for _ in range(runs):
+        for undo in _shuffled([job() for job in _shuffled(jobs)]):
+            undo()
+    standing = [(member, take_known()) for _ in range(PODS_OF_A_NODE)]
+    _ask_at_once(stage, "ADD", standing)
+    samples["agent RSS, Kubernetes, KiB"].append(_resident_kib(stage.member))
+    _ask_at_once(stage, "DEL", standing)
 
 
 def watch_size(stage: Stage, samples: Samples, pairs: int) -> None:
@@ -293,10 +309,13 @@ def _ask_at_once(stage: Stage, verb: str, asked: Iterable[tuple[Plugin, Pod]]) -
 def _read_size(stage: Stage, samples: Samples) -> None:
     # What the last DELs closed behind the scenes is closed by then.
     time.sleep(0.2)
-    status = Path(f"/proc/{stage.agent}/status").read_text(encoding="ascii")
-    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
-    samples["agent RSS, KiB"].append(float(resident))
+    samples["agent RSS, KiB"].append(_resident_kib(stage.agent))
     samples["agent fds"].append(float(len(os.listdir(f"/proc/{stage.agent}/fd"))))
+
+
+def _resident_kib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return float(status.partition("VmRSS:")[2].split()[0])
 
 
 def _shuffled(items: Iterable[T]) -> list[T]:

@@ -5,7 +5,7 @@ lives is worth more than a NIC that is left over, so an attachment is freed only
 says so: the watch has not had its pod for some minutes, the API server itself says then that it has
 none of this UID, no living process has taken its tap, and no process at all stands in its
 namespace. A pod that was deleted by force may run on for long; its kubelet will end it, and send
-the DEL.
+the DEL. A static pod that has no mirror is known by its processes alone.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ queue of so many; the rest is lost, and counted: none of it is needed for anythi
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import secrets
 import threading
@@ -33,6 +34,8 @@ from extbridge.node import wire
 from extbridge.node.metrics import Metrics
 from extbridge.spec import skel
 from extbridge.spec.request import Verb
+
+log = logging.getLogger(__name__)
 
 STATUS_ANNOTATION: Final = "extbridge.io/status"
 REASON: Final = "AttachmentFailed"
@@ -149,8 +152,15 @@ class Reports:
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._waiting.empty()):
             report = self._waiting.get()
-            if report is not None:
-                self._count(self._tell(report))
+            if report is None:
+                continue
+            try:
+                outcome = self._tell(report)
+            except OSError as error:
+                # Without a free fd the ledger cannot be read: it passes.
+                log.warning("status of pod %s: %s", report.pod.name, error)
+                outcome = "lost"
+            self._count(outcome)
 
     def _tell(self, report: _Report) -> str:
         """Tell it, again and again while that may help; what became of it."""
