@@ -43,6 +43,7 @@ from extbridge.network.addresses import addressing_from_ips, addressing_to_objec
 from extbridge.network.definition import Network
 from extbridge.network.store import DEFAULT_DIRECTORY
 from extbridge.network.wanted import (
+    FindPod,
     WantedNic,
     configured_network,
     count_nics,
@@ -81,17 +82,19 @@ class Node:
     `networks_dir` has the definitions that configurations only name. `host_process` is a process of
     the host's, in whose mount namespace IPAM plugins are run; None: in this one's own.
     `reservations` are the device plugin's; None where there is none, and any deviceID is taken.
+    `find_pod` asks Kubernetes; None: there is none to ask.
     """
 
     ledger: Ledger
     networks_dir: str = DEFAULT_DIRECTORY
     host_process: int | None = None
     reservations: Reservations | None = None
+    find_pod: FindPod | None = None
 
 
 def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     """Make every NIC that the request asks for, or none (SPEC section 2, "ADD")."""
-    nics = wanted_nics(request, node.networks_dir)
+    nics = wanted_nics(request, node.networks_dir, node.find_pod)
     result = start_from(request.prev_result, request.cni_version)
     if not nics:
         return result
@@ -294,7 +297,8 @@ def main() -> int:
 
 def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
     network = nic.network
-    pod = f"{nic.vm.namespace}/{nic.vm.name}" if nic.vm.namespace else ""
+    namespace = request.args.get("K8S_POD_NAMESPACE")
+    pod = f"{namespace}/{request.args.get('K8S_POD_NAME', '')}" if namespace else ""
     delegation, addressing = None, None
     if network.ipam is not None:
         delegation = delegation_to_object(_delegation(request, network, ifname, nic.ips))
@@ -321,6 +325,7 @@ def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
         bandwidth=nic.bandwidth,
         addressing=addressing,
         delegation=delegation,
+        pod_uid=request.args.get("K8S_POD_UID", ""),
     )
 
 

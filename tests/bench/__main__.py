@@ -70,6 +70,7 @@ def bench(runs: int, pairs: int, file: Path, *, quick: bool) -> None:
             ("many at once", figures.time_at_once),
             ("hand-off", figures.time_hand_off),
             ("ADD on a full node", figures.time_on_full_node),
+            ("with Kubernetes", figures.time_in_cluster),
         ):
             console.print(f"{time.monotonic() - began:4.0f} s  {what}")
             take(stage, samples, runs)

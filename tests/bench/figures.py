@@ -36,14 +36,11 @@ from extbridge.ledger import Held, Ledger
 from extbridge.network.definition import Mode
 from extbridge.reservations import DEVICES
 from extbridge.spec import skel
-from tests.bench.stage import BenchFailure, Plugin, Pod, Stage, milliseconds
+from tests.bench.stage import PODS_OF_A_NODE, BenchFailure, Plugin, Pod, Stage, milliseconds
 from tests.kernel.kubelet import Kubelet
 
 FEW: Final = 10
 MANY: Final = 1000
-
-PODS_OF_A_NODE: Final = 110
-"""What kubelet runs unless it is told otherwise (maxPods)."""
 
 STEPS: Final = {
     "parse request": (skel, "parse_request"),
@@ -179,6 +176,25 @@ def time_on_full_node(stage: Stage, samples: Samples, runs: int) -> None:
     some(MANY, runs)
     _ask_at_once(stage, "DEL", standing)
     some(FEW, runs // 2)
+
+
+def time_in_cluster(stage: Stage, samples: Samples, runs: int) -> None:
+    """ADD by an agent that belongs to a cluster, in turns with one that does not; and its size."""
+    member = stage.join_cluster()
+    for _ in range(max(5, runs // 10)):
+        samples["agent's start, Kubernetes"].append(stage.time_start(*stage.in_cluster))
+    take, take_known = stage.pods(_POOL), stage.pods(_POOL, known=True)
+    jobs: list[Callable[[], Undo]] = [
+        lambda: _attach(stage, samples, "extbridge, Kubernetes", member, take_known()),
+        lambda: _attach(stage, samples, "extbridge beside it", stage.shim, take()),
+    ]
+    for _ in range(runs):
+        for undo in _shuffled([job() for job in _shuffled(jobs)]):
+            undo()
+    standing = [(member, take_known()) for _ in range(PODS_OF_A_NODE)]
+    _ask_at_once(stage, "ADD", standing)
+    samples["agent RSS, Kubernetes, KiB"].append(_resident_kib(stage.member))
+    _ask_at_once(stage, "DEL", standing)
 
 
 def watch_size(stage: Stage, samples: Samples, pairs: int) -> None:

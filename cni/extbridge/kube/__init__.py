@@ -1,1 +1,1 @@
-"""What extbridge has to do with Kubernetes itself."""
+"""Kubernetes: the API server, and kubelet's device plugins; only here are their libraries."""

@@ -59,9 +59,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the agent serves with; all but `reload` block and are called in threads.
+    """What the agent serves with; all but `reload` and `observe` block and are called in threads.
 
-    `replay_spool` and `repair` are given what says whether to leave the rest to the next agent.
+    `observe` is told, by the request's thread, what a runtime was answered. `replay_spool` and
+    `repair` are given what says whether to leave the rest to the next agent.
     """
 
     answer: Callable[[wire.Request, int | None], skel.Answer]
@@ -72,6 +73,7 @@ class Services:
     repair: Callable[[Callable[[], bool]], Mapping[str, int]]
     reload: Callable[[], None]
     spool: Path
+    observe: Callable[[wire.Request, skel.Answer], None] | None = None
 
 
 class Companion(Protocol):
@@ -81,7 +83,7 @@ class Companion(Protocol):
         """Begin. The agent serves only afterwards, so nothing outside of the node is waited for."""
 
     def stop(self) -> None:
-        """End, and return when that is done; what has not started has nothing to do."""
+        """End, and return when that is done."""
 
 
 class Agent:
@@ -124,8 +126,8 @@ class Agent:
             closing.callback(launchers.close)
             await self._reconcile(leases, stop)
             for companion in self._companions:
-                closing.callback(companion.stop)
                 companion.start()
+                closing.callback(companion.stop)
             if not stop.is_set():
                 await self._serve(launchers, stop, notify)
 
@@ -228,6 +230,8 @@ class Agent:
             finally:
                 # The runtime does not wait for what only we want to know.
                 self._account(request, answer, seconds)
+                if self._services.observe is not None:
+                    self._services.observe(request, answer)
 
     def _answer(self, request: wire.Request, netns: int | None) -> skel.Answer:
         verb = request.environ.get("CNI_COMMAND")

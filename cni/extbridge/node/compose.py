@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from extbridge.handoff import free_taps
 from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
+from extbridge.network.wanted import FindPod
 from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Companion, Services
 from extbridge.node.definitions import read_networks, report_networks
@@ -33,6 +34,14 @@ log = logging.getLogger(__name__)
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
+class Cluster(Companion, Protocol):
+    """What of Kubernetes the agent works with: network.wanted.FindPod, and who observes."""
+
+    @property
+    def find_pod(self) -> FindPod: ...
+    def observe(self, request: wire.Request, answer: skel.Answer, /) -> None: ...
+
+
 def run_agent(
     run: Path,
     networks_dir: str,
@@ -41,10 +50,12 @@ def run_agent(
     host_process: int | None = None,
     reservations: Reservations | None = None,
     companions: Sequence[Callable[[Metrics], Companion]] = (),
+    cluster: Callable[[Ledger, Metrics], Cluster] | None = None,
 ) -> None:
     """Be the node's agent until SIGTERM; of `host_process` and `reservations` see plugin.Node.
 
-    Each of `companions` makes one that lives as long as the agent serves.
+    Each of `companions` makes one that lives as long as the agent serves; `cluster` makes what
+    there is of one, and may raise CniError.
     """
     if os.geteuid() != 0:
         raise NotPermitted("the agent is not root", "run it as root with all capabilities")
@@ -53,13 +64,16 @@ def run_agent(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
-    served = verbs(Node(ledger, networks_dir, host_process, reservations))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
         attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
         spooled=lambda: len(reconcile.spooled(spool)),
         broken=lambda: read_networks(networks_dir)[1],
     )
+
+    joined = cluster(ledger, metrics) if cluster is not None else None
+    find_pod = joined.find_pod if joined is not None else None
+    served = verbs(Node(ledger, networks_dir, host_process, reservations, find_pod))
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
         return skel.run(request.environ, request.body, served, netns_fd=netns)
@@ -76,6 +90,7 @@ def run_agent(
         repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(report_networks, networks_dir),
         spool=spool,
+        observe=joined.observe if joined is not None else None,
     )
     report_networks(networks_dir)
     try:
@@ -84,7 +99,10 @@ def run_agent(
         log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
     with sockets.listening(run) as listening:
         install_launcher(run / sockets.POD_FOLDER)
-        agent = Agent(services, listening, metrics, [make(metrics) for make in companions])
+        made = [make(metrics) for make in companions]
+        if joined is not None:
+            made.append(joined)
+        agent = Agent(services, listening, metrics, made)
         asyncio.run(agent.run(sockets.notify))
 
 

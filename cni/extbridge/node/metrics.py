@@ -102,6 +102,24 @@ class Metrics:
             ("kind",),
             registry=self._registry,
         )
+        self._api_failures = Counter(
+            "extbridge_api_failures",
+            "Calls of Kubernetes' API server that failed, by purpose and kind.",
+            ("call", "kind"),
+            registry=self._registry,
+        )
+        self.reports = Counter(
+            "extbridge_reports",
+            "Events and statuses for pods: told, counted with an earlier one, late (the pod is"
+            " gone), lost (refused, or too many), none (nothing to tell).",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.pods_known = Gauge(
+            "extbridge_pods_known",
+            "Pods that the API server says are on this node; -1 as long as it has not said.",
+            registry=self._registry,
+        )
         self.leases = Gauge(
             "extbridge_leases", "Processes that hold taps.", registry=self._registry
         )
@@ -127,6 +145,10 @@ class Metrics:
             ("network", "code"),
             registry=self._registry,
         )
+
+    def count_api_failure(self, call: str, kind: str) -> None:
+        """Count a call of the API server that failed."""
+        self._api_failures.labels(call, kind).inc()
 
     def render(self) -> bytes:
         """All of it in the text format that Prometheus reads."""
