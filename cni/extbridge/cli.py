@@ -84,26 +84,79 @@ def demo() -> None:
     sys.exit(tell())
 
 
-@cli.command()
-@click.option(
-    "--shim-only",
-    is_flag=True,
-    required=True,
-    expose_value=False,
-    help="Nothing but these executables: the only way so far.",
-)
-@click.option(
+_bin_dir = click.option(
     "--bin-dir",
     required=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
     help="Where the container runtime looks for CNI plugins.",
 )
-def install(bin_dir: Path) -> None:
-    """Put the CNI plugin `extbridge` and the launcher `extbridge-exec` into DIR."""
+
+
+@cli.command()
+@_bin_dir
+@click.option(
+    "--conf-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where it looks for network configurations. Without: nothing but the executables.",
+)
+@click.option(
+    "--chained",
+    is_flag=True,
+    help="Put extbridge behind the plugins of the first network there; pods ask by annotation.",
+)
+@click.option(
+    "--conflist",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Put this network there.",
+)
+@click.option("--shim-only", is_flag=True, help="The executables and nothing else.")
+def install(
+    bin_dir: Path, conf_dir: Path | None, conflist: Path | None, *, chained: bool, shim_only: bool
+) -> None:
+    """Put the CNI plugin `extbridge` and the launcher `extbridge-exec` into a node's folder.
+
+    Done twice it is done once. What was in the folders before is given back by uninstall.
+    """
+    from extbridge.node import conflist as configurations
     from extbridge.node.install import install_shim
 
-    install_shim(bin_dir)
+    if (conf_dir is not None) != (chained or conflist is not None) or (conf_dir and shim_only):
+        raise click.UsageError("--conf-dir goes with --chained or --conflist, and they with it")
+    if chained and conflist is not None:
+        raise click.UsageError("--chained and --conflist are two ways: choose one")
+    if conf_dir is None:
+        install_shim(bin_dir)
+        return
+    prepared = (
+        configurations.chained(conf_dir)
+        if conflist is None
+        else configurations.put(conf_dir, conflist)
+    )
+    # The runtime may call the executable as soon as a configuration names it.
+    with prepared:
+        install_shim(bin_dir)
+
+
+@cli.command()
+@_bin_dir
+@click.option(
+    "--conf-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where it looks for network configurations, if install was given that.",
+)
+def uninstall(bin_dir: Path, conf_dir: Path | None) -> None:
+    """Leave a node's folders as they were before install; pods with NICs have to be gone."""
+    from extbridge.node.conflist import remove
+    from extbridge.node.install import uninstall_shim
+
+    if conf_dir is not None:
+        remove(conf_dir)
+    for path in uninstall_shim(bin_dir):
+        click.echo(f"extbridge: {path} is not extbridge's, and was left", err=True)
 
 
 @cli.command()
