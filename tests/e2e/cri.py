@@ -299,7 +299,7 @@ mount -t tmpfs -o mode=0755 extbridge-opt /opt
 mkdir /run/etc /run/etc.new
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/etc.new extbridge-etc /etc
 rm -rf /etc/cni
-mkdir -p /etc/cni/net.d /opt/cni/bin
+mkdir -p /etc/cni/net.d /opt/cni/bin /var/lib/kubelet/device-plugins
 ln -s /usr/lib/cni/* /opt/cni/bin
 exec containerd --config "$1"
 """

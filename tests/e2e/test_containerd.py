@@ -46,7 +46,7 @@ _NETWORKS: Final = "extbridge.io/networks"
 _RUNTIMES_OWN: Final = re.compile(r"/|/(proc|sys|dev)(/.*)?|/etc/(hosts|hostname|resolv\.conf)")
 
 # What all of extbridge's own is in, on a node.
-_FOLDERS: Final = ("opt/cni", "etc/cni", "run/extbridge")
+_FOLDERS: Final = ("opt/cni", "etc/cni", "run/extbridge", "var/lib/kubelet")
 
 
 class Agent:
