@@ -6,14 +6,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 
 import click
 
 from extbridge.spec.errors import CniError
 from extbridge.spec.skel import translate
 
+if TYPE_CHECKING:
+    from extbridge.node.agent import Companion
+    from extbridge.node.metrics import Metrics
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -203,12 +207,91 @@ def convert(files: tuple[BinaryIO, ...]) -> None:
     help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
     " IPAM plugins are run.",
 )
+@click.option(
+    "--device-plugins",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Offer each network to kubelet as the resource extbridge.io/NETWORK. The folder is"
+    " kubelet's for device plugins, mostly /var/lib/kubelet/device-plugins.",
+)
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="Ask the API server about pods, and tell it of their NICs, as this pod's service account.",
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The same, as this file says.",
+)
+@click.option(
+    "--node-name",
+    envvar="NODE_NAME",
+    metavar="NAME",
+    help="The node's name in the cluster; needed with either.",
+)
+@click.option(
+    "--orphans-after",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With either: when NICs are freed whose pod is gone, and with which no process works.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format: str) -> None:
+def agent(  # noqa: PLR0917 - click calls it, by keyword
+    run_dir: str,
+    networks_dir: str,
+    host_process: int | None,
+    device_plugins: Path | None,
+    kubeconfig: Path | None,
+    node_name: str | None,
+    orphans_after: float,
+    log_format: str,
+    *,
+    kubernetes: bool,
+) -> None:
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
 
-    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
+    run = Path(run_dir)
+    reservations = None
+    companions: list[Callable[[Metrics], Companion]] = []
+    if device_plugins is not None:
+        # gRPC is 25 MB that an agent without kubelet does not need.
+        from extbridge.kube.device_plugin import DevicePlugins
+        from extbridge.reservations import Reservations
+
+        reservations = Reservations(os.uname().nodename)
+        companions.append(
+            partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
+        )
+    cluster = None
+    if kubernetes or kubeconfig is not None:
+        if not node_name:
+            raise click.UsageError(
+                "--kubernetes and --kubeconfig need --node-name, or NODE_NAME in the environment"
+                " (fieldRef spec.nodeName)"
+            )
+        from extbridge.kube.cluster import Cluster
+
+        cluster = partial(
+            Cluster,
+            node=node_name,
+            kubeconfig=kubeconfig,
+            host_process=host_process,
+            orphan_seconds=orphans_after,
+        )
+    run_agent(
+        run,
+        networks_dir,
+        as_json=log_format == "json",
+        host_process=host_process,
+        reservations=reservations,
+        companions=companions,
+        cluster=cluster,
+    )
 
 
 _run_dir = click.option(

@@ -325,8 +325,7 @@ def _nic(nic: Told) -> str:
 
 
 def _amiss(it: Told) -> str:
-    faults = [it["fault"], *(nic["fault"] for nic in it["nics"])]
-    return "; ".join(fault for fault in faults if fault)
+    return str(it["fault"]) or "; ".join(nic["fault"] for nic in it["nics"] if nic["fault"])
 
 
 _ATTACHMENT: Final = (

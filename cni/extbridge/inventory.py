@@ -26,7 +26,7 @@ from extbridge.ledger import Entry, Holder, Ledger
 from extbridge.network.addresses import addressing_to_object
 from extbridge.network.definition import Antispoof, Mode, Network
 from extbridge.network.store import list_networks, load_network
-from extbridge.nics import survey
+from extbridge.nics import survey, usable_nics
 from extbridge.spec.errors import CniError
 
 Told: TypeAlias = Mapping[str, Any]
@@ -180,6 +180,11 @@ def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
     except CniError as error:
         return {"name": name, "fault": error.message, "hint": error.hint, "nics": []}
     found = survey(host, network, ledger)
+    fault = hint = ""
+    try:
+        usable_nics(host, network, ledger)
+    except CniError as error:
+        fault, hint = error.message, error.hint
     nics = [
         {
             "name": it.link.name,
@@ -191,18 +196,17 @@ def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
         }
         for it in found
     ]
-    usable = sum(not it.fault for it in found)
     attached = sum(entry.definition == name for entry in ledger.entries())
     return {
         "name": name,
-        "fault": "" if usable else "none of its NICs can be used",
-        "hint": "",
+        "fault": fault,
+        "hint": hint,
         "mode": network.mode,
         "antispoof": network.held_to,
         "mtu": network.mtu,
         "queues": network.queues,
         "attachments": attached,
-        "free": _free(network, usable),
+        "free": _free(network, sum(not it.fault for it in found)),
         "nics": nics,
     }
 

@@ -103,6 +103,11 @@ class Launcher:
         """The container's file system."""
         return Path(f"/proc/{self.pid}/root")
 
+    @property
+    def home(self) -> Path:
+        """Where libvirtd and QEMU have their files."""
+        return self.root / _HOME.lstrip("/")
+
     def virsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run virsh there, as libvirtd's own user."""
         inside = ("nsenter", "--target", str(self.pid), "--mount", "--net", "--pid", "--",
@@ -115,7 +120,7 @@ class Launcher:
 
     def start(self, domain: str) -> None:
         """Boot the domain."""
-        (self.root / f"{_HOME}/domain.xml".lstrip("/")).write_text(domain)
+        (self.home / "domain.xml").write_text(domain)
         done = self.virsh("create", f"{_HOME}/domain.xml")
         assert done.returncode == 0, done.stderr
 
@@ -194,7 +199,8 @@ def _launcher(pod: str, tap: Path, log: Path) -> Iterator[Launcher]:
     try:
         until(lambda: children_of(holder.pid))
         launcher = Launcher(children_of(holder.pid)[0])
-        until(lambda: launcher.virsh("version").returncode == 0)
+        # Before that virsh would start a libvirtd of its own.
+        until((launcher.home / "libvirt/libvirt-sock").exists)
         yield launcher
     except BaseException:
         print(log.read_text(errors="replace"))  # noqa: T201 - for whoever looks into why
@@ -208,7 +214,7 @@ def _launcher(pod: str, tap: Path, log: Path) -> Iterator[Launcher]:
 @contextmanager
 def _console(launcher: Launcher) -> Iterator[Callable[[], socket.socket]]:
     """What accepts the other end of the serial line, to which QEMU connects when it starts."""
-    path = launcher.root / f"{_HOME}/console".lstrip("/")
+    path = launcher.home / "console"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         shutil.chown(path, _QEMU)
@@ -223,6 +229,6 @@ def _environment() -> dict[str, str]:
 
 
 def _capabilities(pid: int) -> set[str]:
-    """All the sets of capabilities that the process has, ."""
+    """What is in the process's sets of capabilities, the bounding set included."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return {line.split()[1] for line in status.splitlines() if line.startswith("Cap")}
