@@ -40,11 +40,15 @@ _NARROWEST: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A column, and what an object has in it; of a `whole` one nothing is cut off."""
+    """A column, and what an object has in it; of a `whole` one nothing is cut off.
+
+    Of what is too long its end stays if `ends` says so: that is where names of pods differ.
+    """
 
     title: str
     value: Callable[[Told], str]
     whole: bool = False
+    ends: bool = False
     is_number: bool = False
 
 
@@ -169,7 +173,9 @@ def _print(told: Sequence[Told], columns: Sequence[_Column], output: str, nothin
     for row in (titles, *rows):
         cells = []
         for column, cell, width in zip(columns, row, widths, strict=True):
-            cut = cell if len(cell) <= width else f"{cell[: width - 1]}…"
+            cut = cell
+            if len(cell) > width:
+                cut = f"…{cell[1 - width :]}" if column.ends else f"{cell[: width - 1]}…"
             padded = cut.rjust(width) if column.is_number else cut.ljust(width)
             cells.append(_styled(padded, is_title=row is titles))
         click.echo(_GAP.join(cells).rstrip())
@@ -329,7 +335,7 @@ def _amiss(it: Told) -> str:
 
 
 _ATTACHMENT: Final = (
-    _Column("POD", _pod),
+    _Column("POD", _pod, ends=True),
     _Column("INTERFACE", lambda it: it["interface"], whole=True),
     _Column("STATE", lambda it: it["state"], whole=True),
     _Column("NETWORK", lambda it: it["network"]),
