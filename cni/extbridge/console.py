@@ -202,10 +202,10 @@ def _room() -> int:
 
 
 def _styled(padded: str, *, is_title: bool) -> str:
+    text = padded.strip()
     if is_title:
-        return click.style(padded, bold=True)
-    state = padded.strip()
-    return _coloured(state) + padded[len(state) :] if state in _COLOURS else padded
+        return padded.replace(text, click.style(text, bold=True))
+    return _coloured(text) + padded[len(text) :] if text in _COLOURS else padded
 
 
 def _print_as(told: Sequence[Told], output: str) -> None:
