@@ -37,6 +37,7 @@ _IFLA_IFALIAS = 20
 _IFLA_GROUP = 27
 _IFLA_NET_NS_FD = 28
 _IFLA_EXT_MASK = 29
+_IFLA_PROMISCUITY = 30
 _IFLA_NUM_TX_QUEUES = 31
 _IFLA_NUM_RX_QUEUES = 32
 _IFLA_CARRIER = 33
@@ -46,6 +47,7 @@ _IFLA_PARENT_DEV_BUS_NAME = 57
 _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
 _IFLA_MACVLAN_MODE = 1
+_VETH_INFO_PEER = 1
 
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
@@ -82,7 +84,8 @@ class Link:
     """A link as the kernel describes it; `lower` and `master` are ifindexes, 0 for none.
 
     `permanent_mac` is the one that the hardware came with, and `pci` its address on that bus; empty
-    where there is none, or the kernel does not tell (before Linux 5.6 and 5.14).
+    where there is none, or the kernel does not tell (before Linux 5.6 and 5.14). `promiscuity`
+    counts who wants the link to hear every frame.
     """
 
     ifindex: int
@@ -103,6 +106,7 @@ class Link:
     tx_queues: int
     permanent_mac: str
     pci: str
+    promiscuity: int
 
     @property
     def ours(self) -> bool:
@@ -180,6 +184,28 @@ def create_ifb(route: Netlink, ifindex: int, name: str, *, mtu: int) -> None:
         payload,
         flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
         what=f"RTM_NEWLINK {name} (ifb)",
+    )
+
+
+def create_veth(route: Netlink, name: str, peer: str) -> None:
+    """Make a veth pair in the namespace of `route`, both ends DOWN."""
+    payload = (
+        _IFINFO.pack(0, 0, 0, 0, 0)
+        + text(_IFLA_IFNAME, name)
+        + nested(
+            _IFLA_LINKINFO,
+            text(_IFLA_INFO_KIND, "veth"),
+            nested(
+                _IFLA_INFO_DATA,
+                attribute(_VETH_INFO_PEER, _IFINFO.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, peer)),
+            ),
+        )
+    )
+    route.request(
+        _RTM_NEWLINK,
+        payload,
+        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+        what=f"RTM_NEWLINK {name} (veth)",
     )
 
 
@@ -335,4 +361,5 @@ def _parse(payload: bytes) -> Link:
         pci=netlink.as_text(found.get(_IFLA_PARENT_DEV_NAME, b""))
         if found.get(_IFLA_PARENT_DEV_BUS_NAME) == b"pci\0"
         else "",
+        promiscuity=netlink.as_u32(found.get(_IFLA_PROMISCUITY, bytes(4))),
     )

@@ -51,6 +51,17 @@ def has_node(ifindex: int) -> bool:
     return _exists(f"tap{ifindex}")
 
 
+def ifindexes_with_node() -> set[int]:
+    """The ifindexes of our range that a macvtap bears, in whichever namespace of the node."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=_device_nodes())
+    try:
+        numbers = (name.removeprefix("tap") for name in os.listdir(folder) if name[:3] == "tap")
+        found = {int(number) for number in numbers if number.isdecimal()}
+    finally:
+        os.close(folder)
+    return {ifindex for ifindex in found if FIRST_IFINDEX <= ifindex <= LAST_IFINDEX}
+
+
 def give_node(ifindex: int, *, uid: int, gid: int) -> None:
     """Make the tap's device node the user's and group's, so that their QEMU can open it."""
     os.chown(f"tap{ifindex}", uid, gid, dir_fd=_device_nodes())
