@@ -75,7 +75,7 @@ def check_agent(run: Path) -> Iterator[Finding]:
                 wire.wait_for_frame(agent, limit=wire.MAX_CNI_BYTES, max_fds=0, seconds=_SECONDS)
             ) as frame:
                 answer = frame.payload
-    except wire.WireError:
+    except (wire.WireError, ConnectionResetError, BrokenPipeError):
         yield failure(
             "agent",
             "it hangs up on who asks from here",
