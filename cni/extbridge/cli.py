@@ -137,6 +137,10 @@ def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format:
     run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
 
 
+# What cannot be read is what doctor is to tell of.
+_ANYWHERE = click.Path(path_type=Path, readable=False)
+
+
 @cli.command()
 @click.option(
     "--run-dir",
@@ -144,7 +148,7 @@ def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format:
     default="/run/extbridge",
     show_default=True,
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=_ANYWHERE,
     help="Where the agent's sockets, ledger and spool are.",
 )
 @click.option(
@@ -157,19 +161,19 @@ def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format:
 @click.option(
     "--bin-dir",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=_ANYWHERE,
     help="Where the container runtime looks for CNI plugins; mostly, and by default, /opt/cni/bin.",
 )
 @click.option(
     "--conf-dir",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=_ANYWHERE,
     help="Where it looks for network configurations; by default /etc/cni/net.d.",
 )
 @click.option(
     "--device-plugins",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=_ANYWHERE,
     help="kubelet's folder for device plugins. Without: only looked at if extbridge is in it.",
 )
 @click.option(

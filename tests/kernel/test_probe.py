@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, receive, run
-from tests.kernel.observe import EXPERIMENTAL, link_names, make_macvtap, show_link
-from tests.support import executable
+from tests.kernel.observe import EXPERIMENTAL, link_names, make_macvtap, network_config, show_link
+from tests.support import Cni, executable
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 
@@ -105,14 +105,12 @@ def test_unfit_nic_is_not_probed(lab: Lab, nic: Nic, run_dir: Path, change: str,
     assert probe(nic.name, run_dir) == [(FAILURE, told.format(**names))]
 
 
-def test_nic_that_passthru_has_is_not_probed(lab: Lab, nic: Nic, run_dir: Path) -> None:
-    """Where the kernel refuses the probe's macvtaps, its word is told."""
-    pod = lab.pod("vm")
-    run("ip", "link", "add", "link", nic.name, "name", "net1", "netns", pod,
-        "type", "macvtap", "mode", "passthru")  # fmt: skip
+def test_nic_that_passthru_has_is_not_probed(cni: Cni, nic: Nic, pod: str, run_dir: Path) -> None:
+    """Where the kernel refuses the probe's macvtaps, it is told who has the NIC."""
+    assert cni("ADD", network_config(nic, "passthru"), NETNS=pod).result
     [(level, what)] = probe(nic.name, run_dir)
     assert level == FAILURE
-    assert "Invalid argument" in what
+    assert what.endswith("Invalid argument; on it: net1 (passthru) of container-1")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "x" * 300, "\udcff"])

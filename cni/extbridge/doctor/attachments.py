@@ -9,13 +9,14 @@ from pathlib import Path
 
 from extbridge.attachment import differences, opened_pod
 from extbridge.doctor.finding import Finding, failure, ok, warning
-from extbridge.kernel.links import Link, list_our_links
+from extbridge.kernel.links import Link, list_our_links, nsid_of
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import inside, netns_inode, opened_netns
+from extbridge.kernel.netns import inside, is_own, netns_inode, opened_netns
 from extbridge.kernel.taps import has_node, ifindexes_with_node
 from extbridge.ledger import Entry, Ledger
 
 _NETNS_FOLDER = "/run/netns"
+_OWN = "/proc/thread-self/ns/net"
 _RESTART = "restart the agent, which sets the ledger right when it starts; or delete the pod"
 
 
@@ -47,7 +48,7 @@ def _check_entry(entry: Entry, host: Netlink) -> Iterator[Finding]:
             what = "is in the ledger, and its link is gone: its NIC or its namespace went first"
             yield failure(subject, what, _RESTART)
         else:
-            yield warning(subject, "is the trace of an ADD that was killed", _RESTART)
+            yield warning(subject, "is the trace of an ADD that was killed, or is slow", _RESTART)
         return
     if entry.holder is not None and not entry.holder.alive():
         what = f"process {entry.holder.pid}, which had its tap, has ended and holds it still"
@@ -90,16 +91,16 @@ def _check_orphans(ifindexes: set[int]) -> Iterator[Finding]:
     if not ifindexes:
         return
     unseen = set(ifindexes)
-    for where, links in _links_by_namespace():
+    for where, links, anybodys in _links_by_namespace():
         for link in links:
             if link.ifindex in unseen:
-                unseen.discard(link.ifindex)
                 yield failure(
                     f"{link.name} in {where}",
                     f"a macvtap of extbridge's ({link.mac}, {link.alias or 'without alias'}) that"
                     " the ledger does not know",
                     f"if no VM has it: nsenter --net={where} ip link delete {link.name}",
                 )
+        unseen -= {link.ifindex for link in anybodys}
     for ifindex in sorted(filter(has_node, unseen)):
         # Device nodes are the kernel's: of all nodes, where several are containers of one machine.
         yield warning(
@@ -110,19 +111,27 @@ def _check_orphans(ifindexes: set[int]) -> Iterator[Finding]:
         )
 
 
-def _links_by_namespace() -> Iterator[tuple[str, list[Link]]]:
-    """Our links, namespace by namespace: those that have a path, or a process in them."""
+def _links_by_namespace() -> Iterator[tuple[str, list[Link], list[Link]]]:
+    """Links of extbridge's, namespace by namespace: on this node's NICs, and all.
+
+    Seen are namespaces that have a path, or a process in them. A node is a network namespace: where
+    there are several on one machine, the others' NICs and pods are no concern of this one.
+    """
     paths = [str(path) for path in sorted(Path(_NETNS_FOLDER).glob("*"))]
     paths += [f"/proc/{pid}/ns/net" for pid in filter(str.isdecimal, os.listdir("/proc"))]
     seen = set()
-    for path in paths:
-        # A process may end, or a namespace, since its name was read.
-        with suppress(OSError), opened_netns(path) as netns:
-            if netns is None or netns_inode(netns) in seen:
-                continue
-            seen.add(netns_inode(netns))
-            with inside(netns):
-                route = Netlink(NETLINK_ROUTE)
-            with route:
-                links = list_our_links(route)
-            yield path, links
+    with opened_netns(_OWN) as own:
+        for path in paths:
+            # A process may end, or a namespace, since its name was read.
+            with suppress(OSError), opened_netns(path) as netns:
+                if netns is None or own is None or netns_inode(netns) in seen:
+                    continue
+                seen.add(netns_inode(netns))
+                with inside(netns):
+                    route = Netlink(NETLINK_ROUTE)
+                with route:
+                    # In this order: a dump gives numbers to namespaces that have none yet.
+                    links = list_our_links(route)
+                    nsid = -1 if is_own(netns) else nsid_of(route, own)
+                is_this_nodes = nsid != -1 or is_own(netns)
+                yield path, [it for it in links if is_this_nodes and it.lower_nsid == nsid], links

@@ -10,6 +10,7 @@ it, however it ends.
 
 from __future__ import annotations
 
+import errno
 import secrets
 import select
 import socket
@@ -29,7 +30,7 @@ from extbridge.kernel.silence import disable_ipv6
 from extbridge.kernel.taps import unused_ifindex
 from extbridge.ledger import Ledger
 from extbridge.network.definition import Mode
-from extbridge.nics import usable_nics
+from extbridge.nics import holders_of, usable_nics
 from extbridge.spec.errors import CniError, InvalidNetworkConfig
 from extbridge.spec.request import find_ifname_fault
 
@@ -102,9 +103,19 @@ def probe(nic: str, ledger: Ledger) -> Iterator[Finding]:
             yield failure(subject, "no carrier", "check the cable and the switch port")
             return
         frames = _Frames()
-        # First, for it takes two frames of those that may be sent, and none of them leaves.
-        yield from _probe_bridge(subject, frames, lower, host)
-        yield from _probe_vepa(subject, frames, lower, host)
+        try:
+            # First, for it takes two frames of those that may be sent, and none of them leaves.
+            yield from _probe_bridge(subject, frames, lower, host)
+            yield from _probe_vepa(subject, frames, lower, host)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBUSY):
+                raise
+            yield failure(
+                subject,
+                f"{error.strerror}; on it: {holders_of(lower.ifindex, ledger.entries())}",
+                "a NIC that a passthru VM or something else has whole can carry no other",
+            )
+            return
         yield ok(subject, f"{frames.sent} frames were sent, EtherType 0x{ETHERTYPE:04X}")
 
 

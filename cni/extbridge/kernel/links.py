@@ -26,6 +26,9 @@ _RTM_DELLINK = 17
 _RTM_GETLINK = 18
 _RTM_GETADDR = 22
 _RTM_GETROUTE = 26
+_RTM_GETNSID = 90
+_NETNSA_NSID = 1
+_NETNSA_FD = 3
 
 _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
@@ -41,6 +44,7 @@ _IFLA_PROMISCUITY = 30
 _IFLA_NUM_TX_QUEUES = 31
 _IFLA_NUM_RX_QUEUES = 32
 _IFLA_CARRIER = 33
+_IFLA_LINK_NETNSID = 37
 _IFLA_PERM_ADDRESS = 54
 _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
@@ -48,6 +52,9 @@ _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
 _IFLA_MACVLAN_MODE = 1
 _VETH_INFO_PEER = 1
+
+# NETNSA_NSID_NOT_ASSIGNED.
+_NO_NSID = b"\xff" * 4
 
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
@@ -85,7 +92,8 @@ class Link:
 
     `permanent_mac` is the one that the hardware came with, and `pci` its address on that bus; empty
     where there is none, or the kernel does not tell (before Linux 5.6 and 5.14). `promiscuity`
-    counts who wants the link to hear every frame.
+    counts who wants the link to hear every frame. `lower_nsid` is the number that the link's own
+    namespace has for that of `lower` (see nsid_of), -1 if it is the same.
     """
 
     ifindex: int
@@ -107,6 +115,7 @@ class Link:
     permanent_mac: str
     pci: str
     promiscuity: int
+    lower_nsid: int
 
     @property
     def ours(self) -> bool:
@@ -273,6 +282,16 @@ def list_our_links(route: Netlink, *, at_most: int | None = None) -> list[Link]:
     return [link for link in map(_parse, answers) if link.ours]
 
 
+def nsid_of(route: Netlink, netns: int) -> int:
+    """The number that the socket's namespace has for that of the fd, -1 if it has none."""
+    # struct rtgenmsg, padded.
+    payload = bytes(4) + u32(_NETNSA_FD, netns)
+    (answer,) = route.request(_RTM_GETNSID, payload, what=f"RTM_GETNSID of fd {netns}")
+    told = netlink.attributes(answer[4:]).get(_NETNSA_NSID, _NO_NSID)
+    nsid: int = struct.unpack("=i", told)[0]
+    return nsid
+
+
 def has_address(route: Netlink, ifindex: int) -> bool:
     """Whether the pod's own IP stack has an address on the link."""
     answers = route.request(
@@ -362,4 +381,5 @@ def _parse(payload: bytes) -> Link:
         if found.get(_IFLA_PARENT_DEV_BUS_NAME) == b"pci\0"
         else "",
         promiscuity=netlink.as_u32(found.get(_IFLA_PROMISCUITY, bytes(4))),
+        lower_nsid=struct.unpack("=i", found.get(_IFLA_LINK_NETNSID, _NO_NSID))[0],
     )
