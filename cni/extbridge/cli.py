@@ -390,6 +390,85 @@ def watch(run_dir: Path, output: str) -> None:
         sys.exit(130)
 
 
+# What cannot be read is what doctor is to tell of.
+_ANYWHERE = click.Path(path_type=Path, readable=False)
+
+
+@cli.command()
+@click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where the agent's sockets, ledger and spool are.",
+)
+@click.option(
+    "--networks-dir",
+    default="/etc/cni/extbridge.d",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where networks are defined.",
+)
+@click.option(
+    "--bin-dir",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where the container runtime looks for CNI plugins; mostly, and by default, /opt/cni/bin.",
+)
+@click.option(
+    "--conf-dir",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where it looks for network configurations; by default /etc/cni/net.d.",
+)
+@click.option(
+    "--device-plugins",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="kubelet's folder for device plugins. Without: only looked at if extbridge is in it.",
+)
+@click.option(
+    "--probe",
+    "nic",
+    metavar="NIC",
+    help="Ask the switch instead: at most 20 frames, EtherType 0x88B5, from NIC to itself.",
+)
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def doctor(
+    *,
+    run_dir: Path,
+    networks_dir: str,
+    bin_dir: Path | None,
+    conf_dir: Path | None,
+    device_plugins: Path | None,
+    nic: str | None,
+    output: str,
+) -> NoReturn:
+    """Look for what is wrong on this node, and say what to do about it.
+
+    Nothing is changed, and no NIC of the node is touched: what the kernel can do is tried in
+    namespaces that are removed again. With --probe, two macvtaps are on NIC for a few seconds; they
+    tell whether the switch reflects what VEPA sends it, and how long a frame may be.
+
+    The exit status is 1 with a failure, 0 without; warnings are no failures.
+    """
+    from extbridge.doctor.examination import Places, examine
+    from extbridge.doctor.finding import guarded
+    from extbridge.doctor.probe import probe
+    from extbridge.doctor.report import report
+    from extbridge.ledger import Ledger
+
+    if nic is not None:
+        findings = guarded(f"probe of {nic}", probe(nic, Ledger(run_dir)))
+    else:
+        findings = examine(Places(run_dir, networks_dir, bin_dir, conf_dir, device_plugins))
+    sys.exit(report(findings, as_json=output == "json"))
+
+
 def main() -> None:
     """The executable `extbridge`: an error becomes one line and its hint, exit status 1."""
     try:

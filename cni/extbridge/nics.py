@@ -125,6 +125,26 @@ def holders_of(lower_ifindex: int, entries: Iterable[Entry]) -> str:
     )
 
 
+def judged_nics(
+    host: Netlink, network: Network, ledger: Ledger
+) -> list[tuple[Link, CniError | None]]:
+    """Every NIC that the network names or selects, and why it can carry no macvtap more.
+
+    `host` is as for usable_nics.
+    """
+    attachments = _attachments_by_nic(ledger)
+    judged: list[tuple[Link, CniError | None]] = []
+    for link in _selected(host, network.dev):
+        try:
+            _refuse_unfit(host, link, network)
+            _refuse_taken(link, network, attachments[link.ifindex])
+        except CniError as fault:
+            judged.append((link, fault))
+        else:
+            judged.append((link, None))
+    return judged
+
+
 def _selected(host: Netlink, dev: NicSelector) -> list[Link]:
     links = list_links(host)
     if dev.names:

@@ -259,6 +259,9 @@ class Agent:
         verb = asked if asked in list(Verb) else "other"
         self._metrics.requests.labels(verb, str(answer.code)).inc()
         self._metrics.duration.labels(verb).observe(seconds)
+        if verb == Verb.ADD:
+            outcome = "failed" if answer.code else "done"
+            self._metrics.last_add.labels(outcome).set_to_current_time()
         about = {
             "container": request.environ.get("CNI_CONTAINERID", ""),
             "ifname": request.environ.get("CNI_IFNAME", ""),
