@@ -80,6 +80,7 @@ class Entry:
 
     `antispoof` is what the guest is held to, the network's default resolved. `delegation` is what
     the IPAM plugin has to be called with to release what it gave (ipam.Delegation, as an object).
+    `hotplugged`: no ADD made it, but it goes with the attachment whose `cni_ifname` it bears.
     """
 
     container_id: str
@@ -104,6 +105,7 @@ class Entry:
     delegation: JsonObject | None = None
     done: bool = False
     holder: Holder | None = None
+    hotplugged: bool = False
 
 
 _STORED = tuple(field for field in Entry.__slots__ if field != "done")
@@ -349,6 +351,8 @@ def _parse(stored: object, *, done: bool) -> Entry:
         delegation=get_object(stored, "delegation"),
         done=done,
         holder=holder,
+        # Entries of former versions do not say it.
+        hotplugged=stored.get("hotplugged") is True,
     )
 
 
