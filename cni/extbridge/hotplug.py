@@ -71,11 +71,10 @@ from extbridge.spec.errors import (
 from extbridge.spec.fields import get_object, get_objects, get_str
 from extbridge.spec.request import Request, Verb, find_ifname_fault, parse_request
 
+log = logging.getLogger(__name__)
+
 ANSWER_SECONDS: Final = 10.0
 """How long QEMU may take for one command, or to greet who connects."""
-
-GUEST_SECONDS: Final = 30.0
-"""How long a guest may take to let go of a NIC: by PCIe's rules it waits for five (pciehp)."""
 
 _MAX_LISTED = 20
 """Pods or NICs that an error names."""
@@ -154,11 +153,12 @@ def unplug_nic(
     *,
     qmp: str | None = None,
     netns: str | None = None,
-    seconds: float = GUEST_SECONDS,
+    seconds: float,
 ) -> Entry:
     """Take a NIC that plug_nic made out of the QEMU at the socket `qmp`, if given, and unmake it.
 
-    `nic` is its name or MAC; the guest has so many seconds to let go of it. `pod` and `netns` are
+    `nic` is its name or MAC; the guest has so many seconds to let go of it, and by PCIe's rules
+    waits for five (pciehp). `pod` and `netns` are
     plug_nic's. What fails leaves the NIC in the ledger, to be tried again. Raises CniError and
     OSError.
     """
@@ -189,7 +189,7 @@ def _container(ledger: Ledger, name: str) -> list[Entry]:
     """The attachments of the one container that is called so in any of the ways."""
     entries = list(ledger.entries())
     found = {
-        entry.container_id: entry
+        entry.container_id: entry.pod
         for entry in entries
         if name in (entry.container_id, entry.pod, entry.mac, entry.ifname)
     }
@@ -200,10 +200,8 @@ def _container(ledger: Ledger, name: str) -> list[Entry]:
             f"there is {pods}" if pods else "no pod of this node has a NIC of extbridge",
         )
     if len(found) > 1:
-        raise UnsupportedField(
-            f"{name} is of {len(found)} containers",
-            f"say which: {_listed(f'{it.container_id} ({it.pod})' for it in found.values())}",
-        )
+        which = _listed(" of ".join(filter(None, whose)) for whose in sorted(found.items()))
+        raise UnsupportedField(f"{name} is of {len(found)} containers", f"say which: {which}")
     [container_id] = found
     return [entry for entry in entries if entry.container_id == container_id]
 
@@ -550,15 +548,18 @@ class _Qemu:
         """Undo what can be undone: the failure that led here is the one to tell."""
         try:
             await self.run(command, arguments)
-        except QemuRefused:
+        except QemuRefused as error:
+            log.warning("rollback in QEMU: %s", error)
             # What is asked next would have to wait as long.
             await _disconnect(self.client)
         except QMPError:
             pass
 
     async def _try_unplug(self, name: str) -> None:
-        with suppress(QMPError, QemuRefused):
+        try:
             await self._delete(f"{_WITH_ID}/{name}", ANSWER_SECONDS)
+        except (QMPError, QemuRefused) as error:
+            log.warning("rollback of the device %s in QEMU: %s", name, _plain(error))
 
     async def _devices(self, where: str) -> list[str]:
         has = await self._properties(where)
