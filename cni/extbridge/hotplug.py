@@ -242,7 +242,8 @@ def _wanted(
     if asked.ips:
         runtime["ips"] = list(parse_ips(list(asked.ips), where="--ip"))
     namespace, _, name = beside.pod.partition("/")
-    args = f"K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}" if beside.pod else ""
+    args = {"NAMESPACE": namespace, "NAME": name, "UID": beside.pod_uid}
+    told = [f"K8S_POD_{key}={value}" for key, value in args.items() if value]
     request = parse_request(
         {
             "CNI_COMMAND": Verb.ADD,
@@ -250,7 +251,7 @@ def _wanted(
             "CNI_NETNS": beside.netns,
             "CNI_IFNAME": beside.cni_ifname,
             # As every runtime says it: IPAM plugins refuse those that they do not know.
-            "CNI_ARGS": f"IgnoreUnknown=1;{args}".rstrip(";"),
+            "CNI_ARGS": ";".join(("IgnoreUnknown=1", *told)),
             "CNI_PATH": cni_path,
         },
         json.dumps(
@@ -304,9 +305,7 @@ def _made(
                 f"the ledger has an attachment named {ifname} in this pod, whose link is gone",
                 "ask for another name, or delete that attachment first",
             )
-        draft = replace(
-            draft_entry(request, nic, ifname, netns), pod=beside.pod, hotplugged=True, holder=holder
-        )
+        draft = replace(draft_entry(request, nic, ifname, netns), hotplugged=True, holder=holder)
         if holder is not None:
             # A device node would have to be mounted into a container that runs.
             draft = replace(draft, handoff=Handoff.FD)

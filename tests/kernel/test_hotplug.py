@@ -49,7 +49,7 @@ def networks(tmp_path: Path, nic: Nic) -> Path:
 def pod(lab: Lab, nic: Nic, cni: Cni) -> str:
     """A pod with one VM NIC, net1."""
     pod = lab.pod("vm")
-    args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=vm"
+    args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=vm;K8S_POD_UID=uid-1"
     assert cni("ADD", network_config(nic, mac=MAC), NETNS=pod, ARGS=args).result
     return pod
 
@@ -307,7 +307,8 @@ def test_nic_goes_with_the_runtimes_del(
     nic: Nic, cni: Cni, pod: str, run_dir: Path, networks: Path
 ) -> None:
     """A NIC that was attached is freed by the DEL of the one that ADD made, with nothing left."""
-    attach(run_dir, networks)
+    entry = attach(run_dir, networks)
+    assert (entry.pod, entry.pod_uid) == ("default/vm", "uid-1")
     assert macvtaps(pod) == ["macvtap0", "net1"]
     assert cni("DEL", network_config(nic), NETNS=pod).status == 0
     assert leftovers(pod, run_dir) == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -34,14 +35,39 @@ class _Attachments(Collector):
         yield by_nic
 
 
+class _Broken(Collector):
+    """Which definitions cannot be used: asked when somebody reads it, as a request would."""
+
+    def __init__(self, find: Callable[[], Collection[str]]) -> None:
+        self._find = find
+
+    def collect(self) -> Iterator[Metric]:
+        broken = GaugeMetricFamily(
+            "extbridge_network_broken", "Networks whose definition is broken.", labels=("network",)
+        )
+        # No folder, no definition: the log says so.
+        with suppress(OSError):
+            for network in self._find():
+                broken.add_metric((network,), 1)
+        yield broken
+
+
 class Metrics:
-    """The agent's counters; `attachments` and `spooled` are asked when somebody reads them."""
+    """The agent's counters; what is given is asked when somebody reads them.
+
+    `attachments` are by NIC, `spooled` is a number, `broken` are names of networks.
+    """
 
     def __init__(
-        self, *, attachments: Callable[[], Mapping[str, int]], spooled: Callable[[], int]
+        self,
+        *,
+        attachments: Callable[[], Mapping[str, int]],
+        spooled: Callable[[], int],
+        broken: Callable[[], Collection[str]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Attachments(attachments))
+        self._registry.register(_Broken(broken))
         self.requests = Counter(
             "extbridge_requests",
             "CNI requests answered, by verb and by the code of the answer (0 is success).",
@@ -76,12 +102,53 @@ class Metrics:
             ("kind",),
             registry=self._registry,
         )
+        self._api_failures = Counter(
+            "extbridge_api_failures",
+            "Calls of Kubernetes' API server that failed, by purpose and kind.",
+            ("call", "kind"),
+            registry=self._registry,
+        )
+        self.reports = Counter(
+            "extbridge_reports",
+            "Events and statuses for pods: told, counted with an earlier one, late (the pod is"
+            " gone), lost (refused, or too many), none (nothing to tell).",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.pods_known = Gauge(
+            "extbridge_pods_known",
+            "Pods that the API server says are on this node; -1 as long as it has not said.",
+            registry=self._registry,
+        )
         self.leases = Gauge(
             "extbridge_leases", "Processes that hold taps.", registry=self._registry
         )
         Gauge(
             "extbridge_spool_length", "DELs that wait in the spool.", registry=self._registry
         ).set_function(spooled)
+
+        self.devices = Gauge(
+            "extbridge_devices",
+            "Devices offered to kubelet, by their network and whether a NIC can carry them.",
+            ("network", "health"),
+            registry=self._registry,
+        )
+        self.allocations = Counter(
+            "extbridge_device_allocations",
+            "Devices that kubelet has allocated to containers.",
+            ("network",),
+            registry=self._registry,
+        )
+        self.registrations = Counter(
+            "extbridge_device_registrations",
+            "Registrations with kubelet, by what gRPC says of them (OK is success).",
+            ("network", "code"),
+            registry=self._registry,
+        )
+
+    def count_api_failure(self, call: str, kind: str) -> None:
+        """Count a call of the API server that failed."""
+        self._api_failures.labels(call, kind).inc()
 
     def render(self) -> bytes:
         """All of it in the text format that Prometheus reads."""
