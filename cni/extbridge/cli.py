@@ -79,6 +79,101 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
                 raise click.ClickException(f"{argv[0]}: {error.strerror}") from error
 
 
+_qmp = click.option(
+    "--qmp", metavar="SOCKET", help="QEMU's QMP; of a container, below /proc/PID/root."
+)
+_pods_netns = click.option(
+    "--netns", metavar="PATH", help="The pod's namespace, if it is not where ADD saw it."
+)
+
+
+@cli.command()
+@click.argument("pod")
+@click.option("--network", required=True, metavar="NAME", help="One that is defined on this node.")
+@click.option("--interface", metavar="NAME", help="Without: the first macvtap%d that is free.")
+@click.option("--mac", metavar="MAC", help="Without: the network's, or the derived one.")
+@click.option("--ip", "ips", multiple=True, metavar="ADDRESS", help="May be given again.")
+@_qmp
+@_pods_netns
+@click.option(
+    "--networks-dir",
+    default="/etc/cni/extbridge.d",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where networks are defined.",
+)
+def attach(
+    *,
+    pod: str,
+    network: str,
+    interface: str | None,
+    mac: str | None,
+    ips: tuple[str, ...],
+    qmp: str | None,
+    netns: str | None,
+    networks_dir: str,
+) -> None:
+    """Make one more NIC in a POD that runs, and plug it into its QEMU.
+
+    POD is named by namespace/name, by container ID, or by the MAC or the name of a NIC that it has.
+    The NIC is gone with the pod; a VM that is started anew in it has the NIC from the start. The
+    device's model is virtio-net-pci, or what EXTBRIDGE_MODEL names; IPAM plugins are looked for in
+    CNI_PATH, else in /opt/cni/bin.
+
+    Without --qmp the NIC waits for a launcher.
+    """
+    from extbridge.hotplug import AskedNic, plug_nic
+    from extbridge.ledger import Ledger
+    from extbridge.node.launcher import DEFAULT_MODEL, MODEL_VARIABLE
+    from extbridge.plugin import Node
+
+    entry = plug_nic(
+        Node(Ledger.from_environment(os.environ), networks_dir),
+        pod,
+        AskedNic(network, interface, mac, ips),
+        model=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
+        cni_path=os.environ.get("CNI_PATH") or "/opt/cni/bin",
+        qmp=qmp,
+        netns=netns,
+    )
+    click.echo(f"{entry.ifname} {entry.mac} on {entry.lower}")
+    if entry.holder is not None:
+        click.echo(f"plugged into process {entry.holder.pid}", err=True)
+    else:
+        click.echo(
+            f"not plugged in: the pod's next launcher takes it, now one with"
+            f" EXTBRIDGE_IFNAMES={entry.ifname}",
+            err=True,
+        )
+
+
+@cli.command()
+@click.argument("pod")
+@click.argument("nic", metavar="IFNAME|MAC")
+@_qmp
+@_pods_netns
+@click.option(
+    "--timeout",
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long the guest may take to let go of it.",
+)
+def detach(pod: str, nic: str, *, qmp: str | None, netns: str | None, timeout: float) -> None:
+    """Take a NIC that `attach` made out of its POD's QEMU, and unmake it.
+
+    A QEMU that has it needs --qmp, and a guest that listens.
+    """
+    from extbridge.hotplug import unplug_nic
+    from extbridge.ledger import Ledger
+    from extbridge.plugin import Node
+
+    ledger = Ledger.from_environment(os.environ)
+    entry = unplug_nic(Node(ledger), pod, nic, qmp=qmp, netns=netns, seconds=timeout)
+    click.echo(f"{entry.ifname} {entry.mac} is gone")
+
+
 @cli.command()
 def demo() -> None:
     """Two VMs ping each other across a VEPA switch, all on this machine and of its own making.

@@ -157,3 +157,9 @@ class IpamFailure(CniError):
     """The delegated IPAM plugin refused, failed, or answered what cannot be understood."""
 
     code = 109
+
+
+class QemuRefused(CniError):
+    """Hot-plug: QEMU, or the guest in it, did not do what it was asked."""
+
+    code = 110
