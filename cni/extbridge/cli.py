@@ -419,6 +419,18 @@ def _output(*ways: str) -> Callable[[Command], Command]:
     return click.option("-o", "--output", type=click.Choice(ways), default=ways[0])
 
 
+def _known(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """What `show` could mean, for the shell to complete; nothing where that cannot be known."""
+    from extbridge.ledger import Ledger
+
+    try:
+        entries = list(Ledger(context.params["run_dir"]).entries())
+    except OSError:
+        return []
+    known = {name for it in entries for name in (it.pod, it.mac, it.container_id) if name}
+    return sorted(name for name in known if name.startswith(begun))
+
+
 @cli.command(name="list")
 @_run_dir
 @_output("table", "wide", "json", "yaml")
@@ -439,7 +451,7 @@ def list_(run_dir: Path, output: str, *, tree: bool) -> None:
 @_run_dir
 @_output("text", "json", "yaml")
 @_no_color
-@click.argument("which")
+@click.argument("which", shell_complete=_known)
 def show(run_dir: Path, output: str, which: str) -> None:
     """Show everything about WHICH attachments, and whether they are as they were made.
 
@@ -562,6 +574,26 @@ def doctor(
     else:
         findings = examine(Places(run_dir, networks_dir, bin_dir, conf_dir, device_plugins))
     sys.exit(report(findings, as_json=output == "json"))
+
+
+@cli.command()
+def manual() -> None:
+    """Print the manual page, for `man -l -` to show, or for a file extbridge.1."""
+    from importlib.metadata import version
+
+    from extbridge.manual import manual_page
+
+    click.echo(manual_page(cli, name="extbridge", version=version("extbridge-cni")), nl=False)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete this command, for its startup file to evaluate."""
+    from click.shell_completion import BashComplete, FishComplete, ZshComplete
+
+    kinds = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+    click.echo(kinds[shell](cli, {}, "extbridge", "_EXTBRIDGE_COMPLETE").source())
 
 
 def main() -> None:
