@@ -149,6 +149,15 @@ def test_files_have_the_protocols_modes(agent: Agent, shim: Cni, nic: Nic, pod: 
         assert shim("DEL", network_config(nic), NETNS=pod).status == 0
 
 
+def test_containers_under_selinux_may_use_what_they_mount(agent: Agent) -> None:
+    """What pods mount has the type of containers' files, and what they must not see has not."""
+    pod = agent.run_dir / "pod"
+    for path in (pod, pod / "tap.sock", pod / "extbridge-exec"):
+        assert b":container_file_t:" in os.getxattr(path, "security.selinux")
+    for path in (agent.run_dir, agent.run_dir / "cni.sock"):
+        assert "security.selinux" not in os.listxattr(path)
+
+
 def test_what_a_killed_agent_left_is_replaced(agent: Agent, shim: Cni, nic: Nic) -> None:
     """Sockets of an agent that was killed, bound or half made, do not keep the next from serving.
 

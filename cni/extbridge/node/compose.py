@@ -23,7 +23,7 @@ from extbridge.network.wanted import FindPod
 from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Companion, Services
 from extbridge.node.definitions import read_networks, report_networks
-from extbridge.node.install import install_launcher
+from extbridge.node.install import LAUNCHER, install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.node.scrape import Page
 from extbridge.plugin import Node, verbs
@@ -101,7 +101,9 @@ def run_agent(
     except OSError as error:
         log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
     with sockets.listening(run) as listening:
-        install_launcher(run / sockets.POD_FOLDER)
+        pod = run / sockets.POD_FOLDER
+        install_launcher(pod)
+        sockets.label_for_containers(pod, run / sockets.TAP_SOCKET, pod / LAUNCHER)
         made = [make(metrics) for make in companions]
         if joined is not None:
             made.append(joined)

@@ -6,6 +6,7 @@ it restarts waits in the queue.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,6 +23,10 @@ METRICS_SOCKET: Final = "metrics.sock"
 POD_FOLDER: Final = "pod"
 TAP_SOCKET: Final = f"{POD_FOLDER}/tap.sock"
 SPOOL_FOLDER: Final = "spool"
+
+_LABEL: Final = "security.selinux"
+_CONTAINERS: Final = b"system_u:object_r:container_file_t:s0\0"
+"""What every container may use, whatever its categories (s0 has none)."""
 
 _FIRST_LISTEN_FD = 3
 _BACKLOG = 1024
@@ -61,6 +66,21 @@ def listening(run: Path) -> Iterator[Sockets]:
             _listen(run / TAP_SOCKET, 0o666, inherited, closing),
             _listen(run / METRICS_SOCKET, 0o600, inherited, closing),
         )
+
+
+def label_for_containers(*paths: Path) -> None:
+    """Let containers under SELinux use what they mount; nothing where there is no SELinux.
+
+    Volumes of the host's folders are not relabelled by any runtime (container-selinux), and under
+    /run they would have a type that no container may connect to or execute.
+    """
+    for path in paths:
+        try:
+            os.setxattr(path, _LABEL, _CONTAINERS)
+        except OSError as error:
+            # A policy that has no such type has no containers.
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.EPERM):
+                raise
 
 
 def notify(state: str) -> None:
