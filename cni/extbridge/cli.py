@@ -144,6 +144,5 @@ def main() -> None:
     except (CniError, OSError) as failure:
         error = translate(failure)
         click.echo(f"extbridge: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"  hint: {error.hint}", err=True)
+        click.echo(f"  hint: {error.details()}", err=True)
         sys.exit(1)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -213,17 +213,20 @@ class Agent:
         verb = request.environ.get("CNI_COMMAND")
         # A DEL is never told to come again: runtimes give up on it.
         if self._phase is Phase.DRAINING and verb != Verb.DEL:
-            return skel.answer_failure(_draining(verb), request.body)
+            return skel.answer_failure(_draining(verb), request.body, request.id)
         if verb != Verb.ADD:
             return self._services.answer(request, netns)
+        began = time.perf_counter()
         # One after the other: at once, their threads do little but take the interpreter from each
         # other, and all of them take twice as long. But one that hangs does not keep the others.
         in_turn = self._adding.acquire(timeout=_TURN_SECONDS)
+        turn = (time.perf_counter() - began) * 1000
         try:
-            return self._services.answer(request, netns)
+            answer = self._services.answer(request, netns)
         finally:
             if in_turn:
                 self._adding.release()
+        return replace(answer, steps={"turn": turn, **answer.steps})
 
     def _account(self, request: wire.Request, answer: skel.Answer, seconds: float) -> None:
         asked = request.environ.get("CNI_COMMAND", "")
@@ -233,8 +236,10 @@ class Agent:
         about = {
             "container": request.environ.get("CNI_CONTAINERID", ""),
             "ifname": request.environ.get("CNI_IFNAME", ""),
+            "request": request.id,
             "code": answer.code,
             "ms": round(seconds * 1000, 2),
+            **{f"{step}_ms": round(ms, 2) for step, ms in answer.steps.items()},
             **answer.notes,
         }
         if answer.code:
@@ -242,7 +247,7 @@ class Agent:
         else:
             log.info(verb, extra=about)
         if answer.stderr:
-            log.error("%s", answer.stderr)
+            log.error("request %s: %s", request.id, answer.stderr)
 
 
 def _draining(verb: str | None) -> CniError:

@@ -51,7 +51,9 @@ def run_agent(
     )
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
-        return skel.run(request.environ, request.body, served, netns_fd=netns)
+        return skel.run(
+            request.environ, request.body, served, netns_fd=netns, request_id=request.id
+        )
 
     def release(lease: broker.Lease) -> None:
         free_taps(lease.holder, lease.container_ids, ledger=ledger)
@@ -106,8 +108,14 @@ class _TextFormatter(logging.Formatter):
     """Message first, then what belongs to it as key=value; the time is the journal's to add."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = [super().format(record), *(f"{k}={v}" for k, v in _extras(record).items())]
-        return f"{record.levelname.lower()}: {' '.join(said)}"
+        extras = (f"{key}={_shown(value)}" for key, value in _extras(record).items())
+        return f"{record.levelname.lower()}: {' '.join((super().format(record), *extras))}"
+
+
+def _shown(value: object) -> str:
+    """The value in one word of what prints: JSON, where it is none as it is."""
+    text = str(value)
+    return text if text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 class _JsonFormatter(logging.Formatter):
