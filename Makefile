@@ -13,7 +13,7 @@ SOURCES := $(sort $(shell find cni -type f -not -path '*/.*' -not -path '*/__pyc
 TOOLS := .venv/tools-$(call digest,pyproject.toml)
 WHEEL := .venv/wheel-$(call digest,pyproject.toml setup.py README.md LICENSE $(SOURCES))
 
-.PHONY: demo test bench setup debian clean
+.PHONY: demo test bench docs setup debian clean
 
 demo: setup
 	$(BIN)/extbridge demo
@@ -29,6 +29,10 @@ test: setup
 # Asserts nothing. OPTIONS=--quick for a first look, OPTIONS=--help for the others.
 bench: setup
 	$(BIN)/python -m tests.bench $(OPTIONS)
+
+# The pages that are made of the code.
+docs: setup
+	$(BIN)/python tools/docs.py
 
 setup: debian $(WHEEL)
 

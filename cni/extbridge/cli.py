@@ -129,12 +129,37 @@ def install(bin_dir: Path) -> None:
     help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
     " IPAM plugins are run.",
 )
+@click.option(
+    "--metrics-listen",
+    metavar="ADDRESS:PORT",
+    help="Serve the metrics over TCP too, to whoever asks there: an IP address of the node's.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
-def agent(run_dir: str, networks_dir: str, host_process: int | None, log_format: str) -> None:
+def agent(
+    run_dir: str,
+    networks_dir: str,
+    host_process: int | None,
+    metrics_listen: str | None,
+    log_format: str,
+) -> None:
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
+    from extbridge.node.sockets import parse_address
 
-    run_agent(Path(run_dir), networks_dir, as_json=log_format == "json", host_process=host_process)
+    try:
+        metrics_address = parse_address(metrics_listen) if metrics_listen is not None else None
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{metrics_listen!r} is no IP address with a port; give 192.0.2.1:9477 or [::]:9477",
+            param_hint="--metrics-listen",
+        ) from error
+    run_agent(
+        Path(run_dir),
+        networks_dir,
+        as_json=log_format == "json",
+        host_process=host_process,
+        metrics_address=metrics_address,
+    )
 
 
 def main() -> None:

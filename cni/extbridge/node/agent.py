@@ -117,13 +117,10 @@ class Agent:
             begin = partial(self._begin, tasks)
             go_on = partial(loop.call_soon_threadsafe, begin)
             background = [
-                tasks.create_task(
-                    accept_scrapers(
-                        self._sockets.metrics, lambda peer: begin(self._serve_metrics(peer))
-                    )
-                ),
-                tasks.create_task(self._watch_spool(stop)),
+                tasks.create_task(accept_scrapers(listening, self._serve_metrics, begin))
+                for listening in self._sockets.metrics
             ]
+            background.append(tasks.create_task(self._watch_spool(stop)))
             self._phase = Phase.SERVING
             with AnsweringThreads(
                 self._sockets.cni, self._serve_cni, name="cni", number=CNI_THREADS

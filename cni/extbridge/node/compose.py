@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Services
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
+from extbridge.node.observed import Observer
 from extbridge.plugin import Node, verbs
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError, NotPermitted
@@ -33,7 +33,12 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 def run_agent(
-    run: Path, networks_dir: str, *, as_json: bool, host_process: int | None = None
+    run: Path,
+    networks_dir: str,
+    *,
+    as_json: bool,
+    host_process: int | None = None,
+    metrics_address: sockets.Address | None = None,
 ) -> None:
     """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
     if os.geteuid() != 0:
@@ -46,7 +51,7 @@ def run_agent(
     served = verbs(Node(ledger, networks_dir, host_process))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
-        attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
+        observe=Observer(ledger),
         spooled=lambda: len(reconcile.spooled(spool)),
     )
 
@@ -72,7 +77,7 @@ def run_agent(
     # Where the kernel has no such thing, who needs it is told.
     with suppress(OSError):
         loaded_program()
-    with sockets.listening(run) as listening:
+    with sockets.listening(run, metrics_address) as listening:
         install_launcher(run / sockets.POD_FOLDER)
         agent = Agent(services, listening, metrics)
         asyncio.run(agent.run(sockets.notify))
