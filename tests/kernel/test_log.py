@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,16 +48,17 @@ def test_what_the_runtime_is_told_leads_to_the_log(
     """An error's ID, which kubelet shows, stands in one line of the log, with all that it knows."""
     assert shim("ADD", network_config(nic), NETNS=pod).status == 0
     seen = set()
-    for kind, code, config in (
-        ("invalid-network-config", 7, network_config(nic, **NOWHERE)),
-        ("name-taken", 103, network_config(nic)),
-        ("name-taken", 103, network_config(nic)),
+    for kind, code, container, config in (
+        ("invalid-network-config", 7, "c2", network_config(nic, **NOWHERE)),
+        ("name-taken", 103, "container-1", network_config(nic)),
+        ("name-taken", 103, "container-1", network_config(nic)),
     ):
-        found = REQUEST.search(str(shim("ADD", config, NETNS=pod).error["details"]))
+        answer = shim("ADD", config, NETNS=pod, CONTAINERID=container)
+        found = REQUEST.search(str(answer.error["details"]))
         assert found is not None
         assert found[1] == kind
         (line,) = lines_of(told, request=found[2])
-        assert (line["code"], line["container"], line["level"]) == (code, "container-1", "warning")
+        assert (line["code"], line["container"], line["level"]) == (code, container, "warning")
         assert line["failed_ms"] >= 0
         seen.add(found[2])
     assert len(seen) == 3
@@ -68,31 +70,36 @@ def test_a_launcher_is_told_where_to_read_more(agent: Agent, pod: str) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_log_has_no_secret(agent: Agent, shim: Cni, nic: Nic, pod: str, log_format: str) -> None:
+def test_log_has_no_secret(shim: Cni, nic: Nic, pod: str, tmp_path: Path, log_format: str) -> None:
     """What came with CNI_ARGS, annotations and prevResult is not in the log, however ADD goes."""
-    agent.stop()
-    agent.options = ("--log-format", log_format)
-    agent.start()
+    (tmp_path / "blue.json").write_text(json.dumps({"extbridge": {"dev": nic.name}}))
     secret = "hush-hush"  # noqa: S105 - that is what must not come out
-    config = network_config(
-        nic,
-        capabilities={"io.kubernetes.cri.pod-annotations": True},
-        runtimeConfig={"io.kubernetes.cri.pod-annotations": {"example.com/token": secret}},
-        args={"cni": {"token": secret}},
-        prevResult={
+    annotations = {"example.com/token": secret, "extbridge.io/networks": "blue"}
+    config: dict[str, object] = {
+        "cniVersion": "1.1.0",
+        "name": "cluster",
+        "type": "extbridge",
+        "networksDir": str(tmp_path),
+        "capabilities": {"io.kubernetes.cri.pod-annotations": True},
+        "runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotations},
+        "args": {"cni": {"token": secret}},
+        "prevResult": {
             "cniVersion": "1.1.0",
-            "interfaces": [{"name": "lo0", "token": secret}],
+            "interfaces": [{"name": "net1", "sandbox": pod, "token": secret}],
             "dns": {"domain": secret},
         },
-    )
+    }
     args = f"IgnoreUnknown=1;K8S_POD_NAMESPACE=prod;K8S_POD_NAME=vm-a;TOKEN={secret}"
-    assert shim("ADD", config, NETNS=pod, ARGS=args).status == 0
-    assert shim("ADD", config, NETNS=pod, ARGS=args).status != 0
-    assert shim("ADD", {**config, **NOWHERE}, NETNS=pod, ARGS=args, CONTAINERID="c2").status != 0
-    assert shim("CHECK", config, NETNS=pod, ARGS=args).status != 0
-    assert shim("DEL", config, NETNS=pod, ARGS=args).status == 0
-    assert until(lambda: agent.log.count("vepanet") and "DEL" in agent.log)
-    assert secret not in agent.log
+    with Agent(shim.run_dir, tmp_path / "log", "--log-format", log_format).start() as agent:
+        assert shim("ADD", config, NETNS=pod, ARGS=args).result["dns"] == {"domain": secret}
+        assert shim("ADD", config, NETNS=pod, ARGS=args).error["code"] == 103
+        (tmp_path / "blue.json").unlink()
+        assert shim("ADD", config, NETNS=pod, ARGS=args, CONTAINERID="c2").error["code"] == 7
+        assert shim("CHECK", config, NETNS=pod, ARGS=args).error["code"] == 106
+        assert shim("DEL", config, NETNS=pod, ARGS=args).status == 0
+        until(lambda: "DEL" in agent.log)
+        assert "networks" in agent.log
+        assert secret not in agent.log
 
 
 def test_bad_input_is_one_line(agent: Agent, shim: Cni, nic: Nic, pod: str) -> None:

@@ -23,6 +23,8 @@ DROPS_SECONDS: Final = 0.5
 _FRESH_SECONDS: Final = 5.0
 """Drops that were read so lately are not read again, however many scrapers there are."""
 
+_PAUSE_SECONDS: Final = 0.001
+
 _RECEIVED: Final = "destination"
 """The reason of `spoof_drops` that is not about what the guest sent."""
 
@@ -89,6 +91,8 @@ class Observer:
             if now - began > DROPS_SECONDS or now - read[_key(entry)].when < _FRESH_SECONDS:
                 break
             read[_key(entry)] = _Read(now, _spoofs(entry))
+            # Nobody waits for this as a runtime does for its ADD: let that have the interpreter.
+            time.sleep(_PAUSE_SECONDS)
         # Those that are gone are forgotten with this.
         self._read = read
 
