@@ -13,7 +13,7 @@ SOURCES := $(sort $(shell find cni -type f -not -path '*/.*' -not -path '*/__pyc
 TOOLS := .venv/tools-$(call digest,pyproject.toml)
 WHEEL := .venv/wheel-$(call digest,pyproject.toml setup.py README.md LICENSE $(SOURCES))
 
-.PHONY: demo test bench docs setup debian clean
+.PHONY: demo test bench docs setup stubs debian clean
 
 demo: setup
 	$(BIN)/extbridge demo
@@ -59,6 +59,12 @@ $(WHEEL): $(TOOLS)
 	@$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	@rm -rf build cni/*.egg-info
 	@touch $@
+
+# Python for the messages of kubelet's device plugin API, beside their .proto. STUBS is the folder.
+STUBS ?= cni
+stubs:
+	$(BIN)/python -m grpc_tools.protoc --proto_path=cni --python_out=$(STUBS) --pyi_out=$(STUBS) \
+		cni/extbridge/kube/proto/*.proto
 
 clean:
 	rm -rf .venv .guest build dist cni/*.egg-info cni/extbridge/shim .hypothesis .*_cache

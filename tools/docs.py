@@ -130,7 +130,7 @@ def metrics_page() -> str:
 
 def metrics() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
     """Name, type, labels and meaning of each metric that the agent has."""
-    registry = Metrics(observe=list, spooled=int)._registry
+    registry = Metrics(observe=list, spooled=int, broken=list)._registry
     for collector in registry._collector_to_names:
         for family in collector.collect():
             found = collector if hasattr(collector, "_labelnames") else family

@@ -63,7 +63,8 @@ _ALIAS: Final = "extbridge"
 
 _HOOKS: Final = (
     "antispoof needs Linux 5.17 or later with nf_tables, CONFIG_NETFILTER_EGRESS, sch_ingress,"
-    " cls_bpf, and BTF (/sys/kernel/btf/vmlinux); antispoof: off does without"
+    " cls_bpf and BTF (/sys/kernel/btf/vmlinux), without lockdown=confidentiality; antispoof: off"
+    " does without"
 )
 _BUCKETS: Final = (
     "bandwidth needs the kernel's sch_tbf, and for what a guest receives ifb, sch_ingress, cls_u32"

@@ -78,6 +78,7 @@ class Holder:
 class Entry:
     """One attachment. `done` is False for an intent; `lower` names the NIC at `lower_ifindex`.
 
+    `pod` is the pod's namespace/name in Kubernetes, `pod_uid` its UID there; empty elsewhere.
     `antispoof` is what the guest is held to, the network's default resolved. `delegation` is what
     the IPAM plugin has to be called with to release what it gave (ipam.Delegation, as an object).
     """
@@ -104,6 +105,7 @@ class Entry:
     delegation: JsonObject | None = None
     done: bool = False
     holder: Holder | None = None
+    pod_uid: str = ""
 
 
 _STORED = tuple(field for field in Entry.__slots__ if field != "done")
@@ -349,6 +351,8 @@ def _parse(stored: object, *, done: bool) -> Entry:
         delegation=get_object(stored, "delegation"),
         done=done,
         holder=holder,
+        # Entries of former versions have none.
+        pod_uid=get_str(stored, "pod_uid") or "",
     )
 
 

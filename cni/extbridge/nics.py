@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from extbridge.kernel.links import (
@@ -64,6 +65,27 @@ def usable_nics(host: Netlink, network: Network, ledger: Ledger) -> list[Link]:
         raise _none_usable(network, faults)
     # Stable: what is alike otherwise stays in the order of the candidates.
     return sorted(usable, key=lambda link: (not link.carrier, len(attachments[link.ifindex])))
+
+
+def able_nics(host: Netlink, network: Network, ledger: Ledger) -> tuple[int, set[int]]:
+    """How many NICs the network is defined on, and the ifindexes of those that can carry it.
+
+    Without carrier a NIC cannot, as STATUS has it. One that attachments of the network itself have
+    taken can. `host` is as for usable_nics.
+    """
+    named = [find_link(host, name=name) for name in network.dev.names]
+    links = [link for link in named if link is not None] if named else _selected(host, network.dev)
+    others: defaultdict[int, list[Entry]] = defaultdict(list)
+    for ifindex, entries in _attachments_by_nic(ledger).items():
+        others[ifindex] = [entry for entry in entries if entry.definition != network.name]
+    able = set()
+    for link in links:
+        with suppress(CniError):
+            _refuse_unfit(host, link, network)
+            _refuse_taken(link, network, others[link.ifindex])
+            if link.carrier:
+                able.add(link.ifindex)
+    return len(network.dev.names) or len(links), able
 
 
 def holders_of(lower_ifindex: int, entries: Iterable[Entry]) -> str:

@@ -43,14 +43,17 @@ from extbridge.network.addresses import addressing_from_ips, addressing_to_objec
 from extbridge.network.definition import Network
 from extbridge.network.store import DEFAULT_DIRECTORY
 from extbridge.network.wanted import (
+    FindPod,
     WantedNic,
     configured_network,
     count_nics,
     derived_or_given_mac,
+    inline_definition,
     refuse_unknown_keys,
     wanted_nics,
 )
 from extbridge.nics import usable_nics
+from extbridge.reservations import Reservations
 from extbridge.spec import fields, skel
 from extbridge.spec.errors import (
     AttachmentDiffers,
@@ -78,21 +81,28 @@ class Node:
 
     `networks_dir` has the definitions that configurations only name. `host_process` is a process of
     the host's, in whose mount namespace IPAM plugins are run; None: in this one's own.
+    `reservations` are the device plugin's; None where there is none, and any deviceID is taken.
+    `find_pod` asks Kubernetes; None: there is none to ask.
     """
 
     ledger: Ledger
     networks_dir: str = DEFAULT_DIRECTORY
     host_process: int | None = None
+    reservations: Reservations | None = None
+    find_pod: FindPod | None = None
 
 
 def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     """Make every NIC that the request asks for, or none (SPEC section 2, "ADD")."""
-    nics = wanted_nics(request, node.networks_dir)
+    nics = wanted_nics(request, node.networks_dir, node.find_pod)
     result = start_from(request.prev_result, request.cni_version)
     if not nics:
         return result
     request.steps.mark("validate")
     with ExitStack() as closing, ExitStack() as undo:
+        for nic in nics:
+            if nic.ifindex is not None and node.reservations is not None:
+                closing.enter_context(node.reservations.claimed(nic.network.name, nic.ifindex))
         host = closing.enter_context(Netlink(NETLINK_ROUTE))
         netns = _pods_netns(request, closing)
         held = closing.enter_context(node.ledger.hold(request.container_id))
@@ -235,7 +245,14 @@ def cmd_gc(request: Request, node: Node) -> None:
 def cmd_status(request: Request, node: Node) -> None:
     """Whether an ADD can succeed: a NIC is there, and has carrier (SPEC section 2, "STATUS")."""
     refuse_unknown_keys(request.config)
-    network = configured_network(request.config, node.networks_dir)
+    try:
+        network = configured_network(request.config, node.networks_dir)
+    except (InvalidNetworkConfig, IoFailure) as error:
+        named = fields.get_str(request.config, "network")
+        if not named or inline_definition(request.config) is not None:
+            raise
+        # The configuration is right: what is wrong is the node's, for as long as that takes.
+        raise PluginNotAvailable(f"network {named}: {error.message}", error.hint) from error
     if network is None:
         return
     with Netlink(NETLINK_ROUTE) as host:
@@ -283,7 +300,8 @@ def main() -> int:
 
 def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
     network = nic.network
-    pod = f"{nic.vm.namespace}/{nic.vm.name}" if nic.vm.namespace else ""
+    namespace = request.args.get("K8S_POD_NAMESPACE")
+    pod = f"{namespace}/{request.args.get('K8S_POD_NAME', '')}" if namespace else ""
     delegation, addressing = None, None
     if network.ipam is not None:
         delegation = delegation_to_object(_delegation(request, network, ifname, nic.ips))
@@ -310,6 +328,7 @@ def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
         bandwidth=nic.bandwidth,
         addressing=addressing,
         delegation=delegation,
+        pod_uid=request.args.get("K8S_POD_UID", ""),
     )
 
 

@@ -34,14 +34,13 @@ from extbridge.kernel.silence import silence
 from extbridge.kernel.taps import unused_ifindex
 from extbridge.ledger import Held, Ledger
 from extbridge.network.definition import Mode
+from extbridge.reservations import DEVICES
 from extbridge.spec import skel
-from tests.bench.stage import BenchFailure, Plugin, Pod, Stage, milliseconds
+from tests.bench.stage import PODS_OF_A_NODE, BenchFailure, Plugin, Pod, Stage, milliseconds
+from tests.kernel.kubelet import Kubelet
 
 FEW: Final = 10
 MANY: Final = 1000
-
-PODS_OF_A_NODE: Final = 110
-"""What kubelet runs unless it is told otherwise (maxPods)."""
 
 STEPS: Final = {
     "parse request": (skel, "parse_request"),
@@ -104,6 +103,29 @@ def time_start(stage: Stage, samples: Samples, runs: int) -> None:
         samples["agent's start"].append(stage.time_start())
 
 
+def time_devices(stage: Stage, samples: Samples, runs: int) -> None:
+    """The device plugin: what kubelet waits for, and the agent's start and size with it."""
+    networks = stage.run_dir.with_name("networks")
+    networks.mkdir()
+    definition = {"extbridge": {"mode": "bridge", "dev": stage.shim.nic}}
+    (networks / "bench.json").write_text(json.dumps(definition), encoding="utf-8")
+    resource = "extbridge.io/bench"
+    with Kubelet(stage.run_dir.with_name("kubelet")) as kubelet:
+        options = ("--networks-dir", str(networks), "--device-plugins", str(kubelet.folder))
+        kubelet.start()
+        for _ in range(max(5, runs // 10)):
+            with stage.further_agent(*options) as (_, took):
+                samples["agent's start, device plugins"].append(took)
+        with stage.further_agent(*options) as (agent, _):
+            [device, *_] = kubelet.sees("bench", healthy=DEVICES)
+            for name in ("", "Allocate"):
+                # The first ones meet cold caches.
+                taken = kubelet.ask("time_allocate", resource=resource, device=device, times=runs)
+                if name:
+                    samples[name] += taken
+            samples["agent RSS, device plugins, KiB"].append(_resident_kib(agent))
+
+
 def time_at_once(stage: Stage, samples: Samples, runs: int) -> None:
     """As many pods as a node has, all at once and one after the other."""
     take = stage.pods(4 * PODS_OF_A_NODE)
@@ -154,6 +176,25 @@ def time_on_full_node(stage: Stage, samples: Samples, runs: int) -> None:
     some(MANY, runs)
     _ask_at_once(stage, "DEL", standing)
     some(FEW, runs // 2)
+
+
+def time_in_cluster(stage: Stage, samples: Samples, runs: int) -> None:
+    """ADD by an agent that belongs to a cluster, in turns with one that does not; and its size."""
+    member = stage.join_cluster()
+    for _ in range(max(5, runs // 10)):
+        samples["agent's start, Kubernetes"].append(stage.time_start(*stage.in_cluster))
+    take, take_known = stage.pods(_POOL), stage.pods(_POOL, known=True)
+    jobs: list[Callable[[], Undo]] = [
+        lambda: _attach(stage, samples, "extbridge, Kubernetes", member, take_known()),
+        lambda: _attach(stage, samples, "extbridge beside it", stage.shim, take()),
+    ]
+    for _ in range(runs):
+        for undo in _shuffled([job() for job in _shuffled(jobs)]):
+            undo()
+    standing = [(member, take_known()) for _ in range(PODS_OF_A_NODE)]
+    _ask_at_once(stage, "ADD", standing)
+    samples["agent RSS, Kubernetes, KiB"].append(_resident_kib(stage.member))
+    _ask_at_once(stage, "DEL", standing)
 
 
 def watch_size(stage: Stage, samples: Samples, pairs: int) -> None:
@@ -293,10 +334,14 @@ def _ask_at_once(stage: Stage, verb: str, asked: Iterable[tuple[Plugin, Pod]]) -
 def _read_size(stage: Stage, samples: Samples) -> None:
     # What the last DELs closed behind the scenes is closed by then.
     time.sleep(0.2)
-    status = Path(f"/proc/{stage.agent}/status").read_text(encoding="ascii")
-    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
-    samples["agent RSS, KiB"].append(float(resident))
+    samples["agent RSS, KiB"].append(_resident_kib(stage.agent))
     samples["agent fds"].append(float(len(os.listdir(f"/proc/{stage.agent}/fd"))))
+
+
+def _resident_kib(pid: int) -> float:
+    """The memory of the process."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return float(status.partition("VmRSS:")[2].split()[0])
 
 
 def _shuffled(items: Iterable[T]) -> list[T]:

@@ -9,7 +9,8 @@ from statistics import median, quantiles
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.figures import FEW, MANY, PODS_OF_A_NODE, STEPS, Samples
+from tests.bench.figures import FEW, MANY, STEPS, Samples
+from tests.bench.stage import PODS_OF_A_NODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,31 @@ def targets(samples: Samples) -> list[Target]:
             "≤", 1.3,
         ),
         Target("agent's start", figures["agent's start"], "≤", 1000.0, "ms"),
+        Target("Allocate, of the device plugin", figures["Allocate"], "≤", 2.0, "ms"),
+        Target(
+            "agent's start, with device plugins",
+            figures["agent's start, device plugins"], "≤", 3000.0, "ms",
+        ),
+        Target(
+            "agent's memory (RSS), with device plugins",
+            figures["agent RSS, device plugins, KiB"] / 1024, "≤", 110.0, "MiB",
+        ),
         Target("agent's memory (RSS)", max(memory) / 1024, "≤", 48.0, "MiB"),
         Target("… and its growth", (max(memory) - min(memory)) / 1024, "≤", 2.0, "MiB"),
         Target("… and that of its open files", fds[-1] - fds[0], "≤", 0.0),
+        Target(
+            "ADD with Kubernetes, of that without (pairs)",
+            _paired(samples["ADD extbridge, Kubernetes"], samples["ADD extbridge beside it"]),
+            "≤", 1.2,
+        ),
+        Target(
+            "agent's start, with Kubernetes", figures["agent's start, Kubernetes"],
+            "≤", 3000.0, "ms",
+        ),
+        Target(
+            f"agent's memory (RSS), with Kubernetes and {pods} pods",
+            max(samples["agent RSS, Kubernetes, KiB"]) / 1024, "≤", 110.0, "MiB",
+        ),
     ]  # fmt: skip
 
 

@@ -14,10 +14,10 @@ import resource
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import count, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +27,13 @@ from typing import Final, Self
 from extbridge.demo.lab import Lab, run
 from extbridge.node import wire
 from extbridge.node.sockets import CNI_SOCKET, TAP_SOCKET
+from tests.kernel.api_server import NODE, ApiServer
 from tests.support import executable
 
 MACVLAN: Final = "/usr/lib/cni/macvlan"
+
+PODS_OF_A_NODE: Final = 110
+"""What kubelet runs unless it is told otherwise (maxPods)."""
 
 _CLONE_NEWNET = 0x40000000
 _START_SECONDS = 10.0
@@ -49,6 +53,7 @@ class Pod:
 
     netns: int
     container_id: str
+    name: str
 
     @property
     def path(self) -> str:
@@ -58,11 +63,15 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """A CNI plugin: an executable, what it reads on its standard input, and the NIC that names."""
+    """A CNI plugin: an executable, what it reads on its standard input, and the NIC that names.
+
+    `run_dir` is its agent's.
+    """
 
     executable: str
     config: Path
     nic: str
+    run_dir: Path
 
 
 class Stage:
@@ -89,7 +98,7 @@ class Stage:
             self.unguarded = self._plugin(self.shim.executable, nic, antispoof="off")
             self.in_process = self._plugin(executable("extbridge-cni"), nic)
             self.macvlan = self._plugin(MACVLAN, nic)
-            self.agent = self._start_agent()
+            self.agent = self._start_agent(self.run_dir)
         except BaseException:
             self.close()
             raise
@@ -113,12 +122,12 @@ class Stage:
         """The shim, for a network on a further NIC."""
         return self._plugin(self.shim.executable, self._lab.nic().name)
 
-    def pods(self, number: int) -> Callable[[], Pod]:
+    def pods(self, number: int, *, known: bool = False) -> Callable[[], Pod]:
         """Make so many namespaces; the answer gives one after the other, from the first again.
 
         With many, none is used again before the kernel has done with what was removed from it: in
         one and the same namespace an ADD right after a DEL waits for a grace period of nf_tables,
-        which no pod does.
+        which no pod does. `known` ones bear the names of the cluster's pods, again and again.
         """
 
         def unshare() -> int:
@@ -131,7 +140,13 @@ class Stage:
 
         with ThreadPoolExecutor(1) as thread:
             made = cycle([thread.submit(unshare).result() for _ in range(number)])
-        return lambda: Pod(next(made), f"bench{next(self._numbers)}")
+
+        def take() -> Pod:
+            number = next(self._numbers)
+            name = f"pod-{number % PODS_OF_A_NODE}" if known else f"bench-{number}"
+            return Pod(next(made), f"bench{number}", name)
+
+        return take
 
     def environment(self, verb: str, pod: Pod) -> dict[str, str]:
         """What a runtime tells a plugin by variables."""
@@ -141,6 +156,9 @@ class Stage:
             "CNI_NETNS": pod.path,
             "CNI_IFNAME": "net1",
             "CNI_PATH": os.path.dirname(MACVLAN),
+            # As kubelet's runtimes do.
+            "CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAMESPACE=default"
+            f";K8S_POD_NAME={pod.name};K8S_POD_UID=uid-of-{pod.name}",
         }
 
     def start(self, plugin: Plugin, verb: str, pod: Pod) -> int:
@@ -149,7 +167,7 @@ class Stage:
         return os.posix_spawn(
             plugin.executable,
             [os.path.basename(plugin.executable)],
-            {**self.environment(verb, pod), "EXTBRIDGE_RUN": str(self.run_dir)},
+            {**self.environment(verb, pod), "EXTBRIDGE_RUN": str(plugin.run_dir)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, str(plugin.config), os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, self._answer(pod), answer, 0o600),
@@ -176,9 +194,16 @@ class Stage:
 
         return milliseconds(at_once)
 
-    def time_start(self) -> float:
+    def time_start(self, *options: str) -> float:
         """Milliseconds until a further agent, in a folder of its own, says that it serves."""
+        with self.further_agent(*options) as (_, took):
+            return took
+
+    @contextmanager
+    def further_agent(self, *options: str) -> Iterator[tuple[int, float]]:
+        """A further agent for the length of the block: its process, and how long it took (ms)."""
         address = self._folder / "notify"
+        command = (executable("extbridge"), "agent", "--run-dir", str(self._folder / "further"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, ExitStack() as closing:
             notified.bind(str(address))
             closing.callback(address.unlink)
@@ -186,7 +211,7 @@ class Stage:
             began = time.perf_counter()
             agent = closing.enter_context(
                 subprocess.Popen(
-                    (executable("extbridge"), "agent", "--run-dir", str(self._folder / "further")),
+                    (*command, *options),
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env={**os.environ, "NOTIFY_SOCKET": str(address)},
@@ -195,7 +220,7 @@ class Stage:
             closing.callback(agent.kill)
             if notified.recv(100) != b"READY=1":
                 raise BenchFailure("an agent ended before it served")
-            return (time.perf_counter() - began) * 1000
+            yield agent.pid, (time.perf_counter() - began) * 1000
 
     def ask(self, plugin: Plugin, verb: str, pod: Pod) -> None:
         """Ask the agent without a process, for what need not be timed."""
@@ -203,7 +228,7 @@ class Stage:
         request = wire.encode_request(wire.CNI, environ, plugin.config.read_bytes())
         rides = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pod.netns]))]
         with socket.socket(socket.AF_UNIX) as agent:
-            agent.connect(str(self.run_dir / CNI_SOCKET))
+            agent.connect(str(plugin.run_dir / CNI_SOCKET))
             agent.sendmsg([wire.frame_head(request) + request], rides)
             agent.settimeout(0)
             with closing(
@@ -230,24 +255,49 @@ class Stage:
         }
         file = self._folder / f"{'-'.join([os.path.basename(path), nic, *keys])}.json"
         file.write_text(json.dumps(config), encoding="utf-8")
-        return Plugin(path, file, nic)
+        return Plugin(path, file, nic, self.run_dir)
 
-    def _start_agent(self) -> int:
-        log = self._stack.enter_context((self._folder / "log").open("wb"))
+    def join_cluster(self) -> Plugin:
+        """Have a second agent, which belongs to a cluster where the node has all its pods.
+
+        `member` is its process, `in_cluster` its options. The answer is the shim that asks it.
+        """
+        folder = self._folder / "api"
+        folder.mkdir()
+        api = self._stack.enter_context(ApiServer(folder))
+        for number in range(PODS_OF_A_NODE):
+            api.put_pod(
+                f"pod-{number}",
+                labels={"kubevirt.io": "virt-launcher", "vm.kubevirt.io/name": f"vm-{number}"},
+                annotations={f"example.com/{key}": "x" * 200 for key in range(10)},
+                managedFields=[{"manager": "kubelet", "fieldsV1": {"f:x" * 100: {}}}] * 3,
+            )
+        self.in_cluster = ("--kubeconfig", str(api.kubeconfig), "--node-name", NODE)
+        self.member = self._start_agent(self._folder / "member", *self.in_cluster)
+        deadline = time.monotonic() + _START_SECONDS
+        while b"are known" not in (self._folder / "member.log").read_bytes():
+            if time.monotonic() > deadline:
+                raise BenchFailure("the agent does not get to know its pods")
+            time.sleep(0.01)
+        return replace(self.shim, run_dir=self._folder / "member")
+
+    def _start_agent(self, run_dir: Path, *options: str) -> int:
+        file = run_dir.with_suffix(".log")
+        log = self._stack.enter_context(file.open("wb"))
         # However this process ends, its agent does not outlive it.
         agent = self._stack.enter_context(
             subprocess.Popen(
                 ("setpriv", "--pdeathsig", "KILL", executable("extbridge"),
-                 "agent", "--run-dir", str(self.run_dir)),
+                 "agent", "--run-dir", str(run_dir), *options),
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
         )  # fmt: skip
         self._stack.callback(agent.kill)
         deadline = time.monotonic() + _START_SECONDS
-        while not (self.run_dir / TAP_SOCKET).exists():
+        while not (run_dir / TAP_SOCKET).exists():
             if agent.poll() is not None or time.monotonic() > deadline:
-                raise BenchFailure((self._folder / "log").read_text(encoding="utf-8"))
+                raise BenchFailure(file.read_text(encoding="utf-8"))
             time.sleep(0.01)
         return agent.pid
 

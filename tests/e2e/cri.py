@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
-from google.protobuf import descriptor_pb2, json_format, message_factory
-from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from extbridge.demo.lab import run
 from tests.e2e.image import IMAGE, write_image
+from tests.messages import Schema, message_classes
 
 _CALL_SECONDS = 60.0
 
-# Numbers and types of the API's fields (k8s.io/cri-api, runtime.v1), of those that are used here;
-# `[]` is for repeated ones. On the wire a map is a repeated message of key and value, and a string
-# is bytes.
-_SCHEMA: Final[Mapping[str, Mapping[str, tuple[int, str]]]] = {
+# Of the API (k8s.io/cri-api, runtime.v1) what is used here. On the wire a map is a repeated message
+# of key and value, and a string is bytes.
+_SCHEMA: Final[Schema] = {
     "VersionRequest": {},
     "VersionResponse": {"runtime_version": (3, "string")},
     "ImageSpec": {"image": (1, "string")},
@@ -109,11 +108,6 @@ _SCHEMA: Final[Mapping[str, Mapping[str, tuple[int, str]]]] = {
     },
 }
 _PACKAGE: Final = "runtime.v1"
-_SCALARS: Final = {
-    "string": descriptor_pb2.FieldDescriptorProto.TYPE_STRING,
-    "int32": descriptor_pb2.FieldDescriptorProto.TYPE_INT32,
-    "bool": descriptor_pb2.FieldDescriptorProto.TYPE_BOOL,
-}
 # NamespaceMode.CONTAINER: each container has processes of its own, as kubelet asks for.
 _APART: Final = {"pid": 1}
 
@@ -339,27 +333,7 @@ conf_dir = "{configurations}"
 """
 
 
-def _classes() -> dict[str, type[Message]]:
-    """A class for each message of the schema, by its full name."""
-    described = descriptor_pb2.FileDescriptorProto(
-        name="cri.proto", package=_PACKAGE, syntax="proto3"
-    )
-    for message, fields in _SCHEMA.items():
-        in_file = described.message_type.add(name=message)
-        for name, (number, kind) in fields.items():
-            of_one = kind.removesuffix("[]")
-            field = in_file.field.add(name=name, number=number)
-            field.label = field.LABEL_OPTIONAL if kind == of_one else field.LABEL_REPEATED
-            if of_one in _SCALARS:
-                field.type = _SCALARS[of_one]
-            else:
-                field.type, field.type_name = field.TYPE_MESSAGE, f".{_PACKAGE}.{of_one}"
-    pool = DescriptorPool()
-    pool.AddSerializedFile(described.SerializeToString())
-    return message_factory.GetMessageClassesForFiles([described.name], pool)
-
-
-_MESSAGES: Final = _classes()
+_MESSAGES: Final = message_classes(_PACKAGE, _SCHEMA)
 
 
 def _pairs(mapping: Mapping[str, str]) -> list[dict[str, str]]:

@@ -166,7 +166,7 @@ HONEST_BY_MAC: Kinds = {
     "NA of another address": lambda r: ipv6(r, ICMPV6, na(other6(r), option(TLLA, OWN))),
     "LLDP": lambda r: ethernet(LLDP, r.randbytes(60)),
     "another ethertype": lambda r: ethernet(EXPERIMENTAL, r.randbytes(r.randrange(2, 300))),
-    "IEEE 802.3": lambda r: ethernet(0x0026, r.randbytes(0x26)),
+    "IEEE 802.3": lambda r: ethernet(0x0026, b"\x42\x42\x03" + r.randbytes(0x23)),
 }
 
 
@@ -180,6 +180,13 @@ def tagged(rng: random.Random, tags: Iterable[int], inside: bytes) -> bytes:
     for tag in tags:
         inside = inside[:12] + struct.pack("!HH", tag, rng.randrange(4095)) + inside[12:]
     return inside
+
+
+def snap(rng: random.Random, inside: bytes) -> bytes:
+    """The frame with its type behind a length and SNAP's header (IEEE 802, RFC 1042)."""
+    payload = bytes([rng.choice([0xAA, 0xAB]), rng.choice([0xAA, 0xAB]), 3, 0, 0, 0]) + inside[12:]
+    length = rng.choice([len(payload) % 0x600, rng.randrange(0x600)])
+    return BROADCAST + OWN + struct.pack("!H", length) + payload
 
 
 def senseless_ipv4(rng: random.Random) -> bytes:
@@ -271,6 +278,10 @@ SPOOFED: Kinds = {
 TAGGED: Kinds = {
     "VLAN": lambda r: tagged(
         r, [r.choice([0x8100, 0x88A8, 0x9100, 0x9200, 0x9300])], spoofed_inside(r)
+    ),
+    "other tags": lambda r: tagged(r, [r.choice([0x893F, 0x8926, 0x88E7])], spoofed_inside(r)),
+    "SNAP": lambda r: snap(
+        r, r.choice([spoofed_inside(r), tagged(r, [0x8100], spoofed_inside(r))])
     ),
     "QinQ": lambda r: tagged(r, [0x8100, r.choice([0x8100, 0x88A8, 0x9100])], spoofed_inside(r)),
 }
@@ -515,7 +526,7 @@ def test_drops_are_counted_by_reason(lab: Lab, nic: Nic, pod: str, guard: Guard)
         "nd": ["RA", "redirect", "link-layer option"],
     }
     if guard == BY_MAC:
-        reasons |= {"vlan_tag": ["VLAN", "QinQ"]}
+        reasons |= {"tag": ["VLAN", "QinQ", "other tags", "SNAP"]}
     else:
         reasons |= {"ethertype": ["VLAN", "LLDP"]}
         reasons["arp_sender"].append("ARP sender address")

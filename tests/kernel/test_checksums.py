@@ -1,5 +1,6 @@
-"""A guest that leaves a checksum to the NIC has it written where checksums are, or is not heard.
+"""What a guest leaves to the host is done as it is by others, or the guest is not heard.
 
+Checksums are written where checksums are, and what was judged whole is not cut into something else.
 The NIC below cannot sum, so the kernel writes the checksum, behind all hooks; the ear hears it.
 """
 
@@ -32,6 +33,7 @@ from tests.kernel.frames import (
     UDP,
     arp,
     behind,
+    ethernet,
     ipv4,
     ipv6,
     ns,
@@ -49,11 +51,11 @@ both_guards = pytest.mark.parametrize("guard", [BY_MAC, BY_IP], ids=["mac", "ip"
 
 SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17
 NEEDS_CSUM = 1
-GSO_TCPV4 = 1
+GSO_TCPV4, GSO_UDP, GSO_TCPV6 = 1, 3, 4
 GRE = 47
 
 LEAST_START = 20
-"""Where what is summed may begin at the earliest (virtio_net_hdr_to_skb)."""
+"""Where what is summed may begin at the earliest; not before Linux 6.12 (virtio_net_hdr_to_skb)."""
 
 
 @pytest.fixture
@@ -74,6 +76,11 @@ def offload(nic: Nic, *, on: bool) -> None:
 def offloaded(start: int, place: int, gso: int = 0) -> bytes:
     """Struct virtio_net_hdr of a frame whose sum from `start` on goes to `place`."""
     return struct.pack("=BBHHHH", NEEDS_CSUM, gso, 0, 1000 if gso else 0, start, place - start)
+
+
+def segmented(gso: int, size: int) -> bytes:
+    """The header of a frame to be cut up that leaves no checksum (struct virtio_net_hdr)."""
+    return struct.pack("=BBHHHH", 0, gso, 0, size, 0, 0)
 
 
 def sum_of(data: bytes) -> int:
@@ -163,7 +170,8 @@ def test_no_sum_goes_elsewhere(lab: Lab, nic: Nic, pod: str, guard: Guard, kind:
     rng = random.Random(kind)  # noqa: S311 - likewise
     made = [KINDS[kind].misplaced(rng) for _ in range(FRAMES)]
     with attached(lab, nic, pod, guard) as guest:
-        assert heard_of(guest, [(offloaded(start, at), it) for it, start, at in made]) == []
+        heard = heard_of(guest, [(offloaded(start, at), it) for it, start, at in made])
+        assert not heard[:3]
         # Without a checksum left to do they are honest, every one.
         honest = [frame for frame, *_ in made]
         assert heard_of(guest, [(PLAIN, it) for it in honest]) == honest
@@ -195,17 +203,90 @@ def test_sums_in_their_place_are_written(lab: Lab, nic: Nic, pod: str, guard: Gu
             assert spoof_drops(guest.ifindex)["checksum"] == 0
 
 
-@both_guards
-def test_segments_begin_where_tcp_does(lab: Lab, nic: Nic, pod: str, guard: Guard) -> None:
-    """A super-frame does not arrive whose sum begins elsewhere: there a NIC looks for TCP."""
+@pytest.mark.parametrize("guard", [None, BY_MAC, BY_IP], ids=["none", "mac", "ip"])
+def test_segments_begin_where_tcp_does(lab: Lab, nic: Nic, pod: str, guard: Guard | None) -> None:
+    """A super-frame does not get far whose sum begins elsewhere: there a NIC looks for TCP."""
     rng = random.Random(1)  # noqa: S311 - likewise
     segment = rng.randbytes(12) + b"\x50\x10" + bytes(6) + rng.randbytes(5000)
     with attached(lab, nic, pod, guard) as guest:
         for start in range(LEAST_START, 34):
-            header = offloaded(start, start + 16, GSO_TCPV4)
-            assert heard_of(guest, [(header, ipv4(rng, TCP, segment))]) == []
+            guest.send(ipv4(rng, TCP, segment), offloaded(start, start + 16, GSO_TCPV4))
+        heard = heard_of(guest, [(offloaded(34, 50, GSO_TCPV4), ipv4(rng, TCP, segment))])
+        assert sum(map(len, heard)) > len(segment)
         with within(pod):
-            assert sum(spoof_drops(guest.ifindex).values()) > 0
+            dropped = spoof_drops(guest.ifindex).get("checksum")
+        # Those that are not dropped end in the kernel, or in a NIC.
+        assert dropped == (None if guard is None else 34 - LEAST_START)
+
+
+def offer(rng: random.Random) -> bytes:
+    """UDP from a DHCP server's port, in the second half of what a later fragment would be."""
+    return udp(rng, 67, 68)[:8] + rng.randbytes(592)
+
+
+CUT: Mapping[str, Callable[[random.Random], bytes]] = {
+    "IPv4 fragment": lambda r: ipv4(
+        r, UDP, offer(r), fragment=r.choice([1, 7, 0x1FFF, 0x2001, 0x2000 | r.randrange(1, 0x2000)])
+    ),
+    "IPv6 fragment": lambda r: ipv6(
+        r,
+        *behind(
+            r, UDP, udp(r, 547, 546)[:8] + r.randbytes(592), 44, fragment=r.randrange(1, 99) << 3
+        ),
+    ),
+}
+
+
+@both_guards
+@pytest.mark.parametrize("leaves_sum", [False, True])
+@pytest.mark.parametrize("kind", CUT)
+def test_later_fragment_does_not_become_a_first_one(
+    lab: Lab, nic: Nic, pod: str, guard: Guard, kind: str, *, leaves_sum: bool
+) -> None:
+    """What passed unread, for its ports are elsewhere, is not cut into fragments from 0 on."""
+    rng = random.Random(kind)  # noqa: S311 - likewise
+    frames = [CUT[kind](rng) for _ in range(100)]
+    start = 62 if kind.startswith("IPv6") else 34
+    header = offloaded(start, start + 6, GSO_UDP) if leaves_sum else segmented(GSO_UDP, 296)
+    with attached(lab, nic, pod, guard) as guest:
+        assert not heard_of(guest, [(header, it) for it in frames])[:3]
+        # Sent whole they are what they are: parts of something.
+        assert heard_of(guest, [(PLAIN, it) for it in frames]) == frames
+
+
+def test_later_fragment_is_cut_anew_without_a_guard(lab: Lab, nic: Nic, pod: str) -> None:
+    """So a guest would be a DHCP server: the kernel makes a first fragment of a later one."""
+    rng = random.Random(1)  # noqa: S311 - likewise
+    later = ipv4(rng, UDP, offer(rng), fragment=1)
+    with attached(lab, nic, pod, None) as guest:
+        first, *_ = heard_of(guest, [(segmented(GSO_UDP, 296), later)])
+        assert struct.unpack_from("!H", first, 20)[0] & 0x1FFF == 0
+        assert struct.unpack_from("!HH", first, 34) == (67, 68)
+
+
+@both_guards
+def test_long_datagrams_are_cut(lab: Lab, nic: Nic, pod: str, guard: Guard) -> None:
+    """A guest that leaves it to the host to cut its datagrams loses none."""
+    rng = random.Random(1)  # noqa: S311 - likewise
+    made = [
+        (offloaded(34, 40, GSO_UDP), ipv4(rng, UDP, udp(rng, 5000, 5001)[:8] + bytes(5000))),
+        (offloaded(54, 60, GSO_UDP), ipv6(rng, UDP, udp(rng, 5000, 5001)[:8] + bytes(5000))),
+    ]
+    with attached(lab, nic, pod, guard) as guest:
+        for it in made:
+            assert sum(map(len, heard_of(guest, [it]))) > 5000
+        with within(pod):
+            assert spoof_drops(guest.ifindex)["checksum"] == 0
+
+
+@pytest.mark.parametrize("ethertype", [0x88CC, 0x88B5, 0x8847, 0x0026])
+def test_what_is_not_ip_leaves_nothing(lab: Lab, nic: Nic, pod: str, ethertype: int) -> None:
+    """Of a type that nobody judges, the sum would make one that is judged."""
+    rng = random.Random(ethertype)  # noqa: S311 - likewise
+    made = [ethernet(ethertype, b"\x42\x42\x03" + rng.randbytes(100)) for _ in range(50)]
+    with attached(lab, nic, pod, BY_MAC) as guest:
+        assert heard_of(guest, [(PLAIN, it) for it in made]) == made
+        assert not heard_of(guest, [(offloaded(40, 60), it) for it in made])[:3]
 
 
 def test_a_nic_that_sums_makes_no_difference(lab: Lab, pod: str) -> None:

@@ -253,6 +253,27 @@ def test_status_refuses_a_configuration_that_every_add_refuses(
     assert cni("STATUS", network_config(nic, **keys), **NO_ATTACHMENT).error["code"] == 7
 
 
+@pytest.mark.parametrize("definition", [None, "{}", "{", "extbridge: {dev: eth7, mode: vep}"])
+def test_status_names_a_definition_that_no_add_can_use(
+    cni: Cni, tmp_path: Path, definition: str | None
+) -> None:
+    """A configuration is right, and what it names missing or broken: 50, for as long as it is."""
+    if definition is not None:
+        (tmp_path / "blue.yaml").write_text(definition)
+    config = {
+        "cniVersion": "1.1.0",
+        "name": "n",
+        "type": "extbridge",
+        "network": "blue",
+        "networksDir": str(tmp_path),
+    }
+    error = cni("STATUS", config, **NO_ATTACHMENT).error
+    assert (error["code"], str(error["msg"]).startswith("network blue: ")) == (50, True)
+    assert error["details"]
+    twice = {**config, "extbridge": {"dev": "eth7"}}
+    assert cni("STATUS", twice, **NO_ATTACHMENT).error["code"] == 7
+
+
 @pytest.mark.parametrize("spelling", ["inline", "json", "xml", "yaml"])
 def test_executable_imports_no_more_than_it_needs(
     cni: Cni, nic: Nic, pod: str, tmp_path: Path, spelling: str

@@ -5,8 +5,8 @@ itself, so whoever holds a tap fd and changes the link's by SIOCSIFHWADDR gains 
 
 A load of what is not there ends its rule without a match (nft_payload_eval, NFT_BREAK). So rules
 say what passes, and what none lets pass is dropped: a truncated frame is never taken for a good
-one. A VLAN tag does not pass, for the guest is on an access port: what is inside would need all of
-this once more, further behind.
+one. A VLAN tag does not pass, for the guest is on an access port, nor what else stands before a
+type: what is inside would need all of this once more, further behind.
 
 What `ipv6_find_hdr` says (meta l4proto, exthdr) is believed only of frames that lie in one piece:
 it reads the first next header without asking whether that is in the skb's linear part, and of a
@@ -60,8 +60,20 @@ _META_L4PROTO = 16
 _PRIORITY = -500
 
 _ARP, _RARP, _IPV4, _IPV6 = (bytes.fromhex(it) for it in ("0806", "8035", "0800", "86dd"))
-# 802.1Q, 802.1ad, and the numbers used for the latter before it had its own.
-_VLAN_TAGS = (equal(b"\x81\0"), equal(b"\x88\xa8"), within(b"\x91\0", b"\x93\0"))
+# 802.1Q, 802.1ad, and the numbers used for the latter before it had its own; 802.1BR's and Cisco's
+# tags of a port, 802.1ah's backbone tag.
+_TAGS = (
+    equal(b"\x81\0"),
+    equal(b"\x88\xa8"),
+    within(b"\x91\0", b"\x93\0"),
+    equal(b"\x89\x3f"),
+    equal(b"\x89\x26"),
+    equal(b"\x88\xe7"),
+)
+# A length and no type: behind it may be SNAP, and in that any type, which some receivers read
+# (CVE-2021-27853, CVE-2021-27861).
+_IS_LENGTH = within(b"\0\0", b"\x05\xff")
+_IS_NO_SNAP = load_payload(_LINK, 14, 2) + mask(b"\xfe\xfe") + unequal(b"\xaa\xaa")
 
 # Of an option of 8 octets; types 0 to 3 become 0.
 _TYPE_TO_3 = mask(b"\xfc" + b"\xff" * 7)
@@ -137,7 +149,11 @@ def _no_dhcpv6(base: int, at: int) -> bytes:
     return source + load_payload(base, at + 2, 2) + unequal(_DHCPV6_CLIENT)
 
 
-_VLAN = tuple(rule(_ETHERTYPE, it, goto("vlan_tag")) for it in _VLAN_TAGS)
+_TAGGED = (
+    *(rule(_ETHERTYPE, it, goto("tag")) for it in _TAGS),
+    rule(_ETHERTYPE, _IS_LENGTH, _IS_NO_SNAP, _ACCEPT),
+    rule(_ETHERTYPE, _IS_LENGTH, goto("tag")),
+)
 
 # A later fragment is nothing without the first, which has the ports. l4proto is loaded there for
 # the sake of headers that make no sense, which have none (nft_set_pktinfo_ipv4_validate).
@@ -302,8 +318,8 @@ def spoof_drops(ifindex: int) -> Mapping[str, int]:
 
 
 def _any_address(mac: bytes) -> Iterator[Chain]:
-    yield Chain("ethertype", (*_DISPATCH, *_VLAN))
-    yield Chain("vlan_tag", (_DROP,))
+    yield Chain("ethertype", (*_DISPATCH, *_TAGGED))
+    yield Chain("tag", (_DROP,))
     yield Chain("arp_sender", (rule(_ARP_SENDER_MAC, equal(mac), _ACCEPT), _DROP))
     yield Chain("ipv4", (*_FROM_IPV4, _DROP))
     yield Chain("ipv6", (*_FROM_IPV6, _DROP))

@@ -43,6 +43,8 @@ RSHIFT_U64: Final = 5
 """What a relocation puts in (enum bpf_core_relo_kind): where a member is; how far to shift a word
 that was loaded from there, to the left and back, until it is the member."""
 
+_TRIES: Final = 5
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -189,9 +191,14 @@ def _bpf(
         raise OSError(errno.ENOSYS, f"bpf {what}: not known on {platform.machine()}")
     values = [ctypes.addressof(it) if isinstance(it, ctypes.Array) else it for it in fields]
     packed = struct.pack(layout, *values)
-    fd: int = _libc.syscall(number, command, ctypes.create_string_buffer(packed), len(packed))
-    if fd < 0:
+    code = 0
+    for _ in range(_TRIES):
+        fd: int = _libc.syscall(number, command, ctypes.create_string_buffer(packed), len(packed))
+        if fd >= 0:
+            # Closed on exec: bpf_prog_new_fd, btf_new_fd.
+            return fd
         code = ctypes.get_errno()
-        raise OSError(code, f"bpf {what}: {os.strerror(code)}")
-    # Closed on exec: bpf_prog_new_fd, btf_new_fd.
-    return fd
+        # A signal has interrupted the verifier.
+        if code != errno.EAGAIN:
+            break
+    raise OSError(code, f"bpf {what}: {os.strerror(code)}")

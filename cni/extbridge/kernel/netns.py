@@ -8,7 +8,7 @@ import fcntl
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
@@ -69,6 +69,17 @@ def netns_inode(netns: int) -> int:
 def is_own(netns: int) -> bool:
     """Whether `netns` is the namespace that the calling thread stands in."""
     return netns_inode(netns) == os.stat(_OWN).st_ino
+
+
+def processes_in(inode: int) -> list[int]:
+    """The processes that stand in the namespace with this number, as far as /proc shows them."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        # One may have ended since the names were read.
+        with suppress(OSError):
+            if os.stat(f"/proc/{name}/ns/net").st_ino == inode:
+                found.append(int(name))
+    return found
 
 
 def _is_namespace(fd: int) -> bool:

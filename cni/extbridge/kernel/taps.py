@@ -18,7 +18,7 @@ from typing import Final
 
 from extbridge.kernel.links import Link
 from extbridge.kernel.mounts import detached_mount
-from extbridge.network.definition import FIRST_IFINDEX, LAST_IFINDEX
+from extbridge.network.definition import FIRST_DEVICE, FIRST_IFINDEX
 from extbridge.spec.errors import WrongTap
 
 _TUNSETIFF = 0x400454CA
@@ -37,11 +37,12 @@ _VHOST_NET: Final = "vhost-net"
 def unused_ifindex() -> int:
     """An ifindex of our range that no macvtap of this node bears, in whichever namespace.
 
-    29 random bits: that two requests pick the same number before either has its node happens once
-    in five hundred million, and then the second is refused at hand-off, not given the first's tap.
+    Never one that is kept for devices. 28 random bits: that two requests pick the same number
+    before either has its node happens once in 270 million, and then the second is refused at
+    hand-off, not given the first's tap.
     """
     while True:
-        ifindex = FIRST_IFINDEX + secrets.randbelow(LAST_IFINDEX - FIRST_IFINDEX + 1)
+        ifindex = FIRST_IFINDEX + secrets.randbelow(FIRST_DEVICE - FIRST_IFINDEX)
         if not has_node(ifindex):
             return ifindex
 

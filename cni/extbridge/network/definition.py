@@ -59,6 +59,9 @@ LAST_IFINDEX: Final = 0x7FFFFFFF
 """The ifindexes of macvtaps of ours. The kernel counts its own from 1, in each namespace anew; it
 does not come here by itself."""
 
+FIRST_DEVICE: Final = 0x70000000
+"""From here on an ifindex is given to an attachment only if a device plugin has reserved it."""
+
 _IPAM_DEPTH = MAX_DEPTH - 4
 """Less than a file may nest, so that whatever was read can be written as a file."""
 

@@ -7,7 +7,7 @@ So only its events are used, and what a scalar means is YAML 1.2's core schema (
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Protocol
 
 import yaml
@@ -51,6 +51,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(f"(?:{'|'.join(_NUMBERS)})$"), None
 )
@@ -62,9 +68,36 @@ def object_from_yaml(text: str) -> JsonObject:
     Aliases, anchors, tags, duplicate keys and further documents are refused: no network needs
     them, and they are how a small text becomes a large one, or a key means two things.
     """
+    documents = _read_documents(text)
+    value = next(documents, (None, None))[1]
+    for mark, _ in documents:
+        raise _fault("a second document", mark, "a file holds one network")
+    return as_object(value, where="the definition")
+
+
+def values_from_yaml(text: str) -> list[object]:
+    """The values of all documents in text, which are read as strictly; raises the same."""
+    return [value for _, value in _read_documents(text)]
+
+
+def network_to_yaml(network: Network) -> str:
+    """Network as YAML, in ASCII."""
+    return values_to_yaml([network_to_object(network)])
+
+
+def values_to_yaml(values: Iterable[object]) -> str:
+    """A document for each value, in ASCII, of texts with line breaks each line on its own."""
+    return yaml.dump_all(values, Dumper=_Dumper, sort_keys=False)
+
+
+def _read_documents(text: str) -> Iterator[tuple[_Mark | None, object]]:
+    """Where each document starts, and its value."""
     events = yaml.parse(text, Loader=yaml.SafeLoader)
     try:
-        value = _read_document(events)
+        next(events)  # StreamStart
+        while not isinstance(start := next(events), yaml.StreamEndEvent):
+            yield start.start_mark, _read_node(next(events), events, MAX_DEPTH)
+            next(events)  # DocumentEnd
     except yaml.MarkedYAMLError as failure:
         mark = failure.problem_mark or failure.context_mark
         what = f"{failure.problem or failure.context}"
@@ -79,25 +112,6 @@ def object_from_yaml(text: str) -> JsonObject:
     except (ValueError, OverflowError) as failure:
         # PyYAML's scanner leaves them to chr() for \Uffffffff and to int() for 5,000 digits.
         raise InvalidNetworkConfig(f"{failure}", "it has to be YAML") from failure
-    return as_object(value, where="the definition")
-
-
-def network_to_yaml(network: Network) -> str:
-    """Network as YAML, in ASCII."""
-    return yaml.dump(network_to_object(network), Dumper=_Dumper, sort_keys=False)
-
-
-def _read_document(events: Iterator[yaml.Event]) -> object:
-    next(events)  # StreamStart
-    event = next(events)
-    if isinstance(event, yaml.StreamEndEvent):
-        return None
-    value = _read_node(next(events), events, MAX_DEPTH)
-    next(events)  # DocumentEnd
-    event = next(events)
-    if not isinstance(event, yaml.StreamEndEvent):
-        raise _fault("a second document", event.start_mark, "a file holds one network")
-    return value
 
 
 def _read_node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> object:

@@ -74,13 +74,17 @@ def read_definition(data: bytes, suffix: str) -> JsonObject:
         raise InvalidNetworkConfig(
             f"over {MAX_FILE_BYTES} bytes are too many for a network", "allowed: 256 KiB"
         )
+    return READERS[suffix](decode(data))
+
+
+def decode(data: bytes) -> str:
+    """The text that a file's data is; raises InvalidNetworkConfig for other than UTF-8."""
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise InvalidNetworkConfig(
             f"byte {failure.start} is not UTF-8", "save the file as UTF-8"
         ) from failure
-    return READERS[suffix](text)
 
 
 def _object_from_yaml(text: str) -> JsonObject:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from extbridge.network.addresses import parse_ips
 from extbridge.network.annotation import (
@@ -34,6 +34,7 @@ from extbridge.spec.errors import (
     InvalidEnvironment,
     InvalidNetworkConfig,
     NameTaken,
+    TryAgainLater,
     UnsupportedField,
 )
 from extbridge.spec.fields import (
@@ -51,6 +52,10 @@ POD_ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
 """The capability by which containerd hands a pod's annotations to a plugin."""
 
 VM_ANNOTATION: Final = "extbridge.io/vm"
+
+VM_MARKS: Final = (VM_ANNOTATION, "kubevirt.io/domain", "vm.kubevirt.io/name")
+"""What names a pod's VM, the first that is there. KubeVirt's are annotation and label, and label
+(kubevirt.io/api/core/v1, DomainAnnotation, VirtualMachineNameLabel)."""
 
 _CNI_KEYS = (
     "cniVersion",
@@ -85,6 +90,22 @@ class VmIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class PodFacts:
+    """What Kubernetes has of a pod, in so far as it decides about NICs; empty: it has no such pod.
+
+    `vm` is the VM's name by the pod's annotations or labels, empty if they name none.
+    """
+
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    vm: str = ""
+
+
+FindPod: TypeAlias = Callable[[str, str, str], PodFacts | None]
+"""The pod by its namespace, name and UID; None where nobody can say now. It takes half a second at
+most and raises nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class WantedNic:
     """One NIC to make. ifname None is the first unused `macvtap%d`, mac None the derived one.
 
@@ -101,18 +122,26 @@ class WantedNic:
     ifindex: int | None = None
 
 
-def wanted_nics(request: Request, networks_dir: str = DEFAULT_DIRECTORY) -> tuple[WantedNic, ...]:
+def wanted_nics(
+    request: Request, networks_dir: str = DEFAULT_DIRECTORY, find_pod: FindPod | None = None
+) -> tuple[WantedNic, ...]:
     """The NICs that an ADD asks for; none where a chained pod's annotation asks for none.
 
-    Of ADD only: the prevResult of other verbs already holds what ADD made. Raises
-    InvalidNetworkConfig, UnsupportedField, InvalidEnvironment, NameTaken and IoFailure.
+    Kubernetes is asked (`find_pod`) for what the request does not say. Of ADD only: the prevResult
+    of other verbs already holds what ADD made. Raises InvalidNetworkConfig, UnsupportedField,
+    InvalidEnvironment, NameTaken, TryAgainLater and IoFailure.
     """
     config = request.config
     refuse_unknown_keys(config)
     runtime = get_object(config, "runtimeConfig") or {}
     annotations = _get_annotations(config)
+    does_pod_decide = (
+        _declares_annotations(config) or (find_pod is not None and not _names_network(config))
+    ) and request.prev_result is not None
+    if does_pod_decide and find_pod is not None and POD_ANNOTATIONS not in runtime:
+        annotations = _find_annotations(request, find_pod)
     asked = _parse_asked(annotations)
-    if _declares_annotations(config) and request.prev_result is not None:
+    if does_pod_decide:
         networks = [_find_network(config, nic.name, networks_dir) for nic in asked]
     else:
         network = configured_network(config, networks_dir)
@@ -130,7 +159,7 @@ def wanted_nics(request: Request, networks_dir: str = DEFAULT_DIRECTORY) -> tupl
     ips = _choose_ips(runtime, asked, networks)
     ifindex = _get_device(runtime, asked)
     limits = get_object(runtime, "bandwidth", where="runtimeConfig") or {}
-    vm = _identify_vm(request, annotations)
+    vm = _identify_vm(request, annotations, None if all(macs) else find_pod)
     return tuple(
         WantedNic(
             network,
@@ -151,7 +180,8 @@ def count_nics(request: Request, *, is_chained: bool) -> int:
     For CHECK, whose prevResult does not tell: it holds ours as it holds the others'. Raises
     InvalidNetworkConfig.
     """
-    if not is_chained or not _declares_annotations(request.config):
+    config = request.config
+    if not is_chained or (not _declares_annotations(config) and _names_network(config)):
         return 1
     return len(_parse_asked(_get_annotations(request.config)))
 
@@ -199,6 +229,31 @@ def derived_or_given_mac(wanted: WantedNic, ifname: str) -> str:
         vm=wanted.vm.name,
         ifname=ifname,
     )
+
+
+def _names_network(config: JsonObject) -> bool:
+    return inline_definition(config) is not None or get_str(config, "network") is not None
+
+
+def _find_annotations(request: Request, find_pod: FindPod) -> JsonObject:
+    """The pod's annotations, which its runtime did not hand over.
+
+    Raises TryAgainLater where nobody knows them: a VM without its NIC would stay without.
+    """
+    facts = _ask_kubernetes(request, find_pod)
+    if facts is None:
+        raise TryAgainLater(
+            "nobody can say whether the pod asks for NICs: its runtime hands over no annotations,"
+            " and the API server does not answer",
+            "the agent's log says what is wrong with the API server",
+        )
+    return facts.annotations
+
+
+def _ask_kubernetes(request: Request, find_pod: FindPod) -> PodFacts | None:
+    """Facts about the request's pod; none, and no question, about what is no pod of Kubernetes."""
+    pod = [request.args.get(f"K8S_POD_{key}", "") for key in ("NAMESPACE", "NAME", "UID")]
+    return find_pod(*pod) if pod[0] and pod[1] else PodFacts()
 
 
 def _get_annotations(config: JsonObject) -> JsonObject:
@@ -356,11 +411,19 @@ def _get_runtime_mac(request: Request, runtime: JsonObject) -> str | None:
         raise InvalidEnvironment(failure.message, failure.hint) from failure
 
 
-def _identify_vm(request: Request, annotations: JsonObject) -> VmIdentity:
-    annotated = get_str(annotations, VM_ANNOTATION)
+def _identify_vm(request: Request, annotations: JsonObject, find_pod: FindPod | None) -> VmIdentity:
+    where, annotated = next(
+        ((mark, vm) for mark in VM_MARKS if (vm := get_str(annotations, mark))), (VM_ANNOTATION, "")
+    )
+    if not annotated and find_pod is not None:
+        facts = _ask_kubernetes(request, find_pod)
+        if facts is None:
+            request.notes["vm"] = "unknown, the MAC follows the pod's name"
+        else:
+            annotated = facts.vm
     if annotated and (len(annotated) > _MAX_VM_NAME_CHARACTERS or not annotated.isprintable()):
         raise InvalidNetworkConfig(
-            f"{VM_ANNOTATION} is {describe(annotated)}",
+            f"{where} is {describe(annotated)}",
             f"it has to be the VM's name, printable, of at most {_MAX_VM_NAME_CHARACTERS} "
             "characters",
         )

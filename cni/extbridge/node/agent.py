@@ -15,13 +15,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from extbridge.node import wire
 from extbridge.node.answering import AnsweringThreads
@@ -59,9 +59,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the agent serves with; all but `reload` block and are called in threads.
+    """What the agent serves with; all but `reload` and `observe` block and are called in threads.
 
-    `replay_spool` and `repair` are given what says whether to leave the rest to the next agent.
+    `observe` is told, by the request's thread, what a runtime was answered. `replay_spool` and
+    `repair` are given what says whether to leave the rest to the next agent.
     """
 
     answer: Callable[[wire.Request, int | None], skel.Answer]
@@ -72,15 +73,33 @@ class Services:
     repair: Callable[[Callable[[], bool]], Mapping[str, int]]
     reload: Callable[[], None]
     spool: Path
+    observe: Callable[[wire.Request, skel.Answer], None] | None = None
+
+
+class Companion(Protocol):
+    """What lives beside the agent as long as it serves, in threads of its own."""
+
+    def start(self) -> None:
+        """Begin. The agent serves only afterwards, so nothing outside of the node is waited for."""
+
+    def stop(self) -> None:
+        """End, and return when that is done."""
 
 
 class Agent:
     """The agent's life, from sockets that listen to the last request answered."""
 
-    def __init__(self, services: Services, sockets: Sockets, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        services: Services,
+        sockets: Sockets,
+        metrics: Metrics,
+        companions: Sequence[Companion] = (),
+    ) -> None:
         self._services = services
         self._sockets = sockets
         self._metrics = metrics
+        self._companions = companions
         self._refusals = Refusals(metrics)
         self._phase = Phase.STARTING
         self._chores = ThreadPoolExecutor(CHORE_THREADS, "chore")
@@ -106,6 +125,9 @@ class Agent:
             )
             closing.callback(launchers.close)
             await self._reconcile(leases, stop)
+            for companion in self._companions:
+                companion.start()
+                closing.callback(companion.stop)
             if not stop.is_set():
                 await self._serve(launchers, stop, notify)
 
@@ -205,6 +227,8 @@ class Agent:
             finally:
                 # The runtime does not wait for what only we want to know.
                 self._account(request, answer, seconds)
+                if self._services.observe is not None:
+                    self._services.observe(request, answer)
 
     def _answer(self, request: wire.Request, netns: int | None) -> skel.Answer:
         verb = request.environ.get("CNI_COMMAND")

@@ -9,27 +9,37 @@ import os
 import resource
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from extbridge.handoff import free_taps
 from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
-from extbridge.network.store import list_networks, load_network
+from extbridge.network.wanted import FindPod
 from extbridge.node import broker, reconcile, sockets, wire
-from extbridge.node.agent import Agent, Services
+from extbridge.node.agent import Agent, Companion, Services
+from extbridge.node.definitions import read_networks, report_networks
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.node.observed import Observer
 from extbridge.plugin import Node, verbs
+from extbridge.reservations import Reservations
 from extbridge.spec import skel
-from extbridge.spec.errors import CniError, NotPermitted
+from extbridge.spec.errors import NotPermitted
 
 log = logging.getLogger(__name__)
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class Cluster(Companion, Protocol):
+    """What of Kubernetes the agent works with: network.wanted.FindPod, and who observes."""
+
+    @property
+    def find_pod(self) -> FindPod: ...
+    def observe(self, request: wire.Request, answer: skel.Answer, /) -> None: ...
 
 
 def run_agent(
@@ -38,9 +48,16 @@ def run_agent(
     *,
     as_json: bool,
     host_process: int | None = None,
+    reservations: Reservations | None = None,
+    companions: Sequence[Callable[[Metrics], Companion]] = (),
+    cluster: Callable[[Ledger, Metrics], Cluster] | None = None,
     metrics_address: sockets.Address | None = None,
 ) -> None:
-    """Be the node's agent until SIGTERM; of `host_process` see plugin.Node."""
+    """Be the node's agent until SIGTERM; of `host_process` and `reservations` see plugin.Node.
+
+    Each of `companions` makes one that lives as long as the agent serves; `cluster` makes what
+    there is of one, and may raise CniError.
+    """
     if os.geteuid() != 0:
         raise NotPermitted("the agent is not root", "run it as root with all capabilities")
     _log_to_stderr(as_json=as_json)
@@ -48,12 +65,16 @@ def run_agent(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ledger = Ledger(run)
-    served = verbs(Node(ledger, networks_dir, host_process))
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
         observe=Observer(ledger),
         spooled=lambda: len(reconcile.spooled(spool)),
+        broken=lambda: read_networks(networks_dir)[1],
     )
+
+    joined = cluster(ledger, metrics) if cluster is not None else None
+    find_pod = joined.find_pod if joined is not None else None
+    served = verbs(Node(ledger, networks_dir, host_process, reservations, find_pod))
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
         return skel.run(
@@ -70,33 +91,22 @@ def run_agent(
         leases=partial(broker.leases_of, ledger),
         replay_spool=partial(reconcile.replay_spool, spool, served, ledger),
         repair=partial(reconcile.repair, ledger, host_process),
-        reload=partial(_report_networks, networks_dir),
+        reload=partial(report_networks, networks_dir),
         spool=spool,
+        observe=joined.observe if joined is not None else None,
     )
-    _report_networks(networks_dir)
-    # Where the kernel has no such thing, who needs it is told.
-    with suppress(OSError):
+    report_networks(networks_dir)
+    try:
         loaded_program()
+    except OSError as error:
+        log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
     with sockets.listening(run, metrics_address) as listening:
         install_launcher(run / sockets.POD_FOLDER)
-        agent = Agent(services, listening, metrics)
+        made = [make(metrics) for make in companions]
+        if joined is not None:
+            made.append(joined)
+        agent = Agent(services, listening, metrics, made)
         asyncio.run(agent.run(sockets.notify))
-
-
-def _report_networks(directory: str) -> None:
-    """Say which definitions are good; each request reads them anew, so nothing else is due."""
-    try:
-        names = list_networks(directory)
-    except OSError as error:
-        log.error("networks: %s", error)  # noqa: TRY400 - the user's, no defect
-        return
-    for name in names:
-        try:
-            load_network(name, directory)
-        except CniError as error:
-            log.error("network %s: %s", name, error)  # noqa: TRY400 - the user's, no defect
-        else:
-            log.info("network %s is defined", name)
 
 
 def _log_to_stderr(*, as_json: bool) -> None:

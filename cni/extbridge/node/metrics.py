@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -72,14 +73,39 @@ def _gauge(name: str, meaning: str, label: str, values: Mapping[str, int]) -> Me
     return family
 
 
+class _Broken(Collector):
+    """Which definitions cannot be used: asked when somebody reads it, as a request would."""
+
+    def __init__(self, find: Callable[[], Collection[str]]) -> None:
+        self._find = find
+
+    def collect(self) -> Iterator[Metric]:
+        broken = GaugeMetricFamily(
+            "extbridge_network_broken", "Networks whose definition is broken.", labels=("network",)
+        )
+        # No folder, no definition: the log says so.
+        with suppress(OSError):
+            for network in self._find():
+                broken.add_metric((network,), 1)
+        yield broken
+
+
 class Metrics:
-    """The agent's counters; `observe` and `spooled` are asked when somebody reads them."""
+    """The agent's counters; what is given is asked when somebody reads them.
+
+    `observe` looks at the attachments, `spooled` is a number, `broken` are names of networks.
+    """
 
     def __init__(
-        self, *, observe: Callable[[], Iterable[Observed]], spooled: Callable[[], int]
+        self,
+        *,
+        observe: Callable[[], Iterable[Observed]],
+        spooled: Callable[[], int],
+        broken: Callable[[], Collection[str]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Attachments(observe))
+        self._registry.register(_Broken(broken))
         self.requests = Counter(
             "extbridge_requests",
             "CNI requests answered, by verb and by the code of the answer (0 is success).",
@@ -114,6 +140,24 @@ class Metrics:
             ("kind",),
             registry=self._registry,
         )
+        self._api_failures = Counter(
+            "extbridge_api_failures",
+            "Calls of Kubernetes' API server that failed, by purpose and kind.",
+            ("call", "kind"),
+            registry=self._registry,
+        )
+        self.reports = Counter(
+            "extbridge_reports",
+            "Events and statuses for pods: told, counted with an earlier one, late (the pod is"
+            " gone), lost (refused, or too many), none (nothing to tell).",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.pods_known = Gauge(
+            "extbridge_pods_known",
+            "Pods that the API server says are on this node; -1 as long as it has not said.",
+            registry=self._registry,
+        )
         self.leases = Gauge(
             "extbridge_leases", "Processes that hold taps.", registry=self._registry
         )
@@ -139,6 +183,10 @@ class Metrics:
             ("network", "code"),
             registry=self._registry,
         )
+
+    def count_api_failure(self, call: str, kind: str) -> None:
+        """Count a call of the API server that failed."""
+        self._api_failures.labels(call, kind).inc()
 
     def render(self) -> bytes:
         """All of it in the text format that Prometheus reads."""

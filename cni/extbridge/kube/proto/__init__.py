@@ -1,0 +1,1 @@
+"""kubelet's device plugin API: the messages, and what they are generated from."""
