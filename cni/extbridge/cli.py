@@ -319,5 +319,5 @@ def main() -> None:
     except (CniError, OSError) as failure:
         error = translate(failure)
         click.echo(f"extbridge: {error.message}", err=True)
-        click.echo(f"  hint: {error.details()}", err=True)
+        click.echo(f"  {'hint: ' if error.hint else ''}{error.details()}", err=True)
         sys.exit(1)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -690,8 +690,11 @@ def is_waiting_for_lock(agent: Agent) -> bool:
 
 def has_socket(pid: int) -> bool:
     """Whether the process has one open: a launcher that does has connected, or will at once."""
-    fds = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-    return any(fd.startswith("socket:") for fd in fds)
+    # What the loader has open may be closed as it is looked at.
+    with suppress(FileNotFoundError):
+        fds = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+        return any(fd.startswith("socket:") for fd in fds)
+    return False
 
 
 def status_of(pid: int) -> str:

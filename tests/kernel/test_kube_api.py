@@ -235,7 +235,7 @@ def test_add_goes_on_without_the_api_server(
     worker.agent.start()
     assert worker.mac() == derived(POD)
     worker.agent.counts({f"api_failures_total{{call=look-up of a pod,kind={kind}}}": 1})
-    assert "vm=unknown, the MAC follows the pod's name" in worker.agent.log
+    assert 'vm="unknown, the MAC follows the pod\'s name"' in worker.agent.log
 
 
 def test_api_server_that_failed_is_left_alone(api: ApiServer, worker: Node) -> None:

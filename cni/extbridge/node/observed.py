@@ -90,7 +90,8 @@ class Observer:
             now = time.monotonic()
             if now - began > DROPS_SECONDS or now - read[_key(entry)].when < _FRESH_SECONDS:
                 break
-            read[_key(entry)] = _Read(now, _spoofs(entry))
+            spoofs = _spoofs(entry)
+            read[_key(entry)] = _Read(now, read[_key(entry)].spoofs if spoofs is None else spoofs)
             # Nobody waits for this as a runtime does for its ADD: let that have the interpreter.
             time.sleep(_PAUSE_SECONDS)
         # Those that are gone are forgotten with this.
