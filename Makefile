@@ -11,15 +11,17 @@ digest = $(shell sha256sum $(1) | sha256sum | cut -c 1-16)
 SOURCES := $(sort $(shell find cni -type f -not -path '*/.*' -not -path '*/__pycache__/*' \
 	-not -path '*.egg-info/*' -not -path 'cni/extbridge/shim/*'))
 TOOLS := .venv/tools-$(call digest,pyproject.toml)
+IMAGE := .venv/image-$(call digest,pyproject.toml setup.py README.md LICENSE Dockerfile .dockerignore \
+	tools/build-image $(SOURCES))
 WHEEL := .venv/wheel-$(call digest,pyproject.toml setup.py README.md LICENSE $(SOURCES))
 
-.PHONY: demo test bench docs setup stubs debian clean
+.PHONY: demo test bench docs setup image stubs debian clean
 
 demo: setup
 	$(BIN)/extbridge demo
 
-# The tests import the wheel that was built and installed, not the source tree.
-test: setup
+# The tests import the wheel that was built and installed, and run the image, not the source tree.
+test: setup image
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -66,6 +68,13 @@ stubs:
 	$(BIN)/python -m grpc_tools.protoc --proto_path=cni --python_out=$(STUBS) --pyi_out=$(STUBS) \
 		cni/extbridge/kube/proto/*.proto
 
+image: setup $(IMAGE)
+
+$(IMAGE): $(WHEEL)
+	@rm -f .venv/image-*
+	@tools/build-image
+	@touch $@
+
 clean:
-	rm -rf .venv .guest build dist cni/*.egg-info cni/extbridge/shim .hypothesis .*_cache
+	rm -rf .venv .guest .image build dist cni/*.egg-info cni/extbridge/shim .hypothesis .*_cache
 	find cni tests -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ Schema = Mapping[str, Mapping[str, tuple[int, str]]]
 _SCALARS: Final = {
     "string": descriptor_pb2.FieldDescriptorProto.TYPE_STRING,
     "int32": descriptor_pb2.FieldDescriptorProto.TYPE_INT32,
+    "int64": descriptor_pb2.FieldDescriptorProto.TYPE_INT64,
     "bool": descriptor_pb2.FieldDescriptorProto.TYPE_BOOL,
 }
 

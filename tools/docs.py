@@ -55,8 +55,10 @@ Made from `cni/extbridge/node/metrics.py` by `make docs`.
 
 The agent serves them on `metrics.sock` in its run folder (`curl --unix-socket
 /run/extbridge/metrics.sock http://node/metrics`) and, if it is started with `--metrics-listen
-ADDRESS:PORT`, over TCP for Prometheus. They are of one node; `instance` or `node` is the scraper's
-to add. A counter with labels is there from its first event on.
+ADDRESS:PORT`, over TCP, to whoever asks there. In the DaemonSet that is another argument,
+`--metrics-listen=$(HOST_IP):9477`, with HOST_IP from the field `status.hostIP`. They are of one
+node; `instance` or `node` is the scraper's to add. A counter with labels is there from its first
+event on.
 
 `deploy/monitoring/` has alerts for these, as a plain rules file and as a PrometheusRule, and a
 Grafana dashboard. In the cluster, Prometheus finds the agents with

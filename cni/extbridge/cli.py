@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 
 import click
 
@@ -18,6 +18,7 @@ from extbridge.spec.skel import translate
 if TYPE_CHECKING:
     from extbridge.node.agent import Companion
     from extbridge.node.metrics import Metrics
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,6 +77,101 @@ def run(netns: str, ifnames: tuple[str, ...], command: tuple[str, ...]) -> NoRet
                 os.execvp(argv[0], argv)
             except OSError as error:
                 raise click.ClickException(f"{argv[0]}: {error.strerror}") from error
+
+
+_qmp = click.option(
+    "--qmp", metavar="SOCKET", help="QEMU's QMP; of a container, below /proc/PID/root."
+)
+_pods_netns = click.option(
+    "--netns", metavar="PATH", help="The pod's namespace, if it is not where ADD saw it."
+)
+
+
+@cli.command()
+@click.argument("pod")
+@click.option("--network", required=True, metavar="NAME", help="One that is defined on this node.")
+@click.option("--interface", metavar="NAME", help="Without: the first macvtap%d that is free.")
+@click.option("--mac", metavar="MAC", help="Without: the network's, or the derived one.")
+@click.option("--ip", "ips", multiple=True, metavar="ADDRESS", help="May be given again.")
+@_qmp
+@_pods_netns
+@click.option(
+    "--networks-dir",
+    default="/etc/cni/extbridge.d",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where networks are defined.",
+)
+def attach(
+    *,
+    pod: str,
+    network: str,
+    interface: str | None,
+    mac: str | None,
+    ips: tuple[str, ...],
+    qmp: str | None,
+    netns: str | None,
+    networks_dir: str,
+) -> None:
+    """Make one more NIC in a POD that runs, and plug it into its QEMU.
+
+    POD is named by namespace/name, by container ID, or by the MAC or the name of a NIC that it has.
+    The NIC is gone with the pod; a VM that is started anew in it has the NIC from the start. The
+    device's model is virtio-net-pci, or what EXTBRIDGE_MODEL names; IPAM plugins are looked for in
+    CNI_PATH, else in /opt/cni/bin.
+
+    Without --qmp the NIC waits for a launcher.
+    """
+    from extbridge.hotplug import AskedNic, plug_nic
+    from extbridge.ledger import Ledger
+    from extbridge.node.launcher import DEFAULT_MODEL, MODEL_VARIABLE
+    from extbridge.plugin import Node
+
+    entry = plug_nic(
+        Node(Ledger.from_environment(os.environ), networks_dir),
+        pod,
+        AskedNic(network, interface, mac, ips),
+        model=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
+        cni_path=os.environ.get("CNI_PATH") or "/opt/cni/bin",
+        qmp=qmp,
+        netns=netns,
+    )
+    click.echo(f"{entry.ifname} {entry.mac} on {entry.lower}")
+    if entry.holder is not None:
+        click.echo(f"plugged into process {entry.holder.pid}", err=True)
+    else:
+        click.echo(
+            f"not plugged in: the pod's next launcher takes it, now one with"
+            f" EXTBRIDGE_IFNAMES={entry.ifname}",
+            err=True,
+        )
+
+
+@cli.command()
+@click.argument("pod")
+@click.argument("nic", metavar="IFNAME|MAC")
+@_qmp
+@_pods_netns
+@click.option(
+    "--timeout",
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long the guest may take to let go of it.",
+)
+def detach(pod: str, nic: str, *, qmp: str | None, netns: str | None, timeout: float) -> None:
+    """Take a NIC that `attach` made out of its POD's QEMU, and unmake it.
+
+    A QEMU that has it needs --qmp, and a guest that listens.
+    """
+    from extbridge.hotplug import unplug_nic
+    from extbridge.ledger import Ledger
+    from extbridge.plugin import Node
+
+    ledger = Ledger.from_environment(os.environ)
+    entry = unplug_nic(Node(ledger), pod, nic, qmp=qmp, netns=netns, seconds=timeout)
+    click.echo(f"{entry.ifname} {entry.mac} is gone")
 
 
 @cli.command()
@@ -299,6 +395,213 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         cluster=cluster,
         metrics_address=metrics_listen,
     )
+
+
+_run_dir = click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where sockets, ledger and spool are.",
+)
+
+
+def _no_colour(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    """Pipes get none either, and who has set NO_COLOR (no-color.org)."""
+    if value or os.environ.get("NO_COLOR"):
+        context.color = False
+
+
+_no_color = click.option(
+    "--no-color",
+    is_flag=True,
+    expose_value=False,
+    callback=_no_colour,
+    help="No colours; nor into a pipe, or with NO_COLOR set.",
+)
+
+
+def _output(*ways: str) -> Callable[[Command], Command]:
+    return click.option("-o", "--output", type=click.Choice(ways), default=ways[0])
+
+
+def _known(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """What `show` could mean, for the shell to complete; nothing where that cannot be known."""
+    from extbridge.ledger import Ledger
+
+    try:
+        entries = list(Ledger(context.params["run_dir"]).entries())
+    except OSError:
+        return []
+    known = {name for it in entries for name in (it.pod, it.mac, it.container_id) if name}
+    return sorted(name for name in known if name.startswith(begun))
+
+
+@cli.command(name="list")
+@_run_dir
+@_output("table", "wide", "json", "yaml")
+@click.option("--tree", is_flag=True, help="From each NIC to the processes that hold its taps.")
+@_no_color
+def list_(run_dir: Path, output: str, *, tree: bool) -> None:
+    """List this node's attachments: which pod has which NIC, and who holds its tap."""
+    from extbridge import console
+
+    told = console.attachments(run_dir)
+    if tree:
+        console.print_tree(told)
+    else:
+        console.print_attachments(told, output)
+
+
+@cli.command()
+@_run_dir
+@_output("text", "json", "yaml")
+@_no_color
+@click.argument("which", shell_complete=_known)
+def show(run_dir: Path, output: str, which: str) -> None:
+    """Show everything about WHICH attachments, and whether they are as they were made.
+
+    WHICH is a pod (namespace/name, or its name), an interface, a MAC, a device's number, or the
+    beginning of a container ID.
+    """
+    from extbridge import console
+
+    told = console.shown(run_dir, which)
+    if not told:
+        raise click.ClickException(f"there is no attachment {which}; `extbridge list` has them all")
+    console.print_shown(told, output)
+
+
+@cli.command()
+@_run_dir
+@click.option(
+    "--networks-dir",
+    metavar="FOLDER",
+    help="Where networks are defined; without: where the agent has them.",
+)
+@_output("table", "json", "yaml")
+@_no_color
+def networks(run_dir: Path, networks_dir: str | None, output: str) -> None:
+    """List the networks that are defined, with their NICs, and what is amiss with them."""
+    from extbridge import console
+
+    told = console.defined(run_dir, networks_dir)
+    console.print_networks(told, output)
+
+
+@cli.command()
+@_run_dir
+@_output("text", "json")
+def watch(run_dir: Path, output: str) -> None:
+    """Print what happens to attachments, a line each, until interrupted."""
+    from extbridge import console
+
+    try:
+        for event in console.watched(run_dir):
+            console.print_event(event, output)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# What cannot be read is what doctor is to tell of.
+_ANYWHERE = click.Path(path_type=Path, readable=False)
+
+
+@cli.command()
+@click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where the agent's sockets, ledger and spool are.",
+)
+@click.option(
+    "--networks-dir",
+    default="/etc/cni/extbridge.d",
+    show_default=True,
+    metavar="FOLDER",
+    help="Where networks are defined.",
+)
+@click.option(
+    "--bin-dir",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where the container runtime looks for CNI plugins; mostly, and by default, /opt/cni/bin.",
+)
+@click.option(
+    "--conf-dir",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="Where it looks for network configurations; by default /etc/cni/net.d.",
+)
+@click.option(
+    "--device-plugins",
+    metavar="FOLDER",
+    type=_ANYWHERE,
+    help="kubelet's folder for device plugins. Without: only looked at if extbridge is in it.",
+)
+@click.option(
+    "--probe",
+    "nic",
+    metavar="NIC",
+    help="Ask the switch instead: at most 20 frames, EtherType 0x88B5, from NIC to itself.",
+)
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def doctor(
+    *,
+    run_dir: Path,
+    networks_dir: str,
+    bin_dir: Path | None,
+    conf_dir: Path | None,
+    device_plugins: Path | None,
+    nic: str | None,
+    output: str,
+) -> NoReturn:
+    """Look for what is wrong on this node, and say what to do about it.
+
+    Nothing is changed, and no NIC of the node is touched: what the kernel can do is tried in
+    namespaces that are removed again. With --probe, two macvtaps are on NIC for a few seconds; they
+    tell whether the switch reflects what VEPA sends it, and how long a frame may be.
+
+    The exit status is 1 with a failure, 0 without; warnings are no failures.
+    """
+    from extbridge.doctor.examination import Places, examine
+    from extbridge.doctor.finding import guarded
+    from extbridge.doctor.probe import probe
+    from extbridge.doctor.report import report
+    from extbridge.ledger import Ledger
+
+    if nic is not None:
+        findings = guarded(f"probe of {nic}", probe(nic, Ledger(run_dir)))
+    else:
+        findings = examine(Places(run_dir, networks_dir, bin_dir, conf_dir, device_plugins))
+    sys.exit(report(findings, as_json=output == "json"))
+
+
+@cli.command()
+def manual() -> None:
+    """Print the manual page, for `man -l -` to show, or for a file extbridge.1."""
+    from importlib.metadata import version
+
+    from extbridge.manual import manual_page
+
+    click.echo(manual_page(cli, name="extbridge", version=version("extbridge-cni")), nl=False)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete this command, for its startup file to evaluate."""
+    from click.shell_completion import BashComplete, FishComplete, ZshComplete
+
+    kinds = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+    click.echo(kinds[shell](cli, {}, "extbridge", "_EXTBRIDGE_COMPLETE").source())
 
 
 def _address(given: str) -> tuple[str, int]:

@@ -81,6 +81,7 @@ class Entry:
     `pod` is the pod's namespace/name in Kubernetes, `pod_uid` its UID there; empty elsewhere.
     `antispoof` is what the guest is held to, the network's default resolved. `delegation` is what
     the IPAM plugin has to be called with to release what it gave (ipam.Delegation, as an object).
+    `hotplugged`: no ADD made it, but it goes with the attachment whose `cni_ifname` it bears.
     """
 
     container_id: str
@@ -106,6 +107,7 @@ class Entry:
     done: bool = False
     holder: Holder | None = None
     pod_uid: str = ""
+    hotplugged: bool = False
 
 
 _STORED = tuple(field for field in Entry.__slots__ if field != "done")
@@ -351,8 +353,9 @@ def _parse(stored: object, *, done: bool) -> Entry:
         delegation=get_object(stored, "delegation"),
         done=done,
         holder=holder,
-        # Entries of former versions have none.
+        # Entries of former versions have neither.
         pod_uid=get_str(stored, "pod_uid") or "",
+        hotplugged=stored.get("hotplugged") is True,
     )
 
 

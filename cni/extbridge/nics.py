@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from extbridge.kernel.links import (
@@ -67,6 +68,30 @@ def usable_nics(host: Netlink, network: Network, ledger: Ledger) -> list[Link]:
     return sorted(usable, key=lambda link: (not link.carrier, len(attachments[link.ifindex])))
 
 
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """A NIC that a network names or selects; `fault` says why it cannot be used now, else empty."""
+
+    link: Link
+    attachments: int
+    fault: str
+
+
+def survey(host: Netlink, network: Network, ledger: Ledger) -> list[Surveyed]:
+    """The NICs of a network in the order of their names, with what is on them."""
+    attachments = _attachments_by_nic(ledger)
+    found = []
+    for link in _selected(host, network.dev):
+        fault = ""
+        try:
+            _refuse_unfit(host, link, network)
+            _refuse_taken(link, network, attachments[link.ifindex])
+        except CniError as error:
+            fault = error.message
+        found.append(Surveyed(link, len(attachments[link.ifindex]), fault))
+    return found
+
+
 def able_nics(host: Netlink, network: Network, ledger: Ledger) -> tuple[int, set[int]]:
     """How many NICs the network is defined on, and the ifindexes of those that can carry it.
 
@@ -98,6 +123,26 @@ def holders_of(lower_ifindex: int, entries: Iterable[Entry]) -> str:
         )
         or "a link that extbridge did not make"
     )
+
+
+def judged_nics(
+    host: Netlink, network: Network, ledger: Ledger
+) -> list[tuple[Link, CniError | None]]:
+    """Every NIC that the network names or selects, and why it can carry no macvtap more.
+
+    `host` is as for usable_nics.
+    """
+    attachments = _attachments_by_nic(ledger)
+    judged: list[tuple[Link, CniError | None]] = []
+    for link in _selected(host, network.dev):
+        try:
+            _refuse_unfit(host, link, network)
+            _refuse_taken(link, network, attachments[link.ifindex])
+        except CniError as fault:
+            judged.append((link, fault))
+        else:
+            judged.append((link, None))
+    return judged
 
 
 def _selected(host: Netlink, dev: NicSelector) -> list[Link]:

@@ -118,7 +118,7 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
             names = former.get(nic.network.name)
             ifname = free_ifname(nic.ifname, names.pop(0) if names else "", pod.route)
             entry = attach(
-                _draft(request, nic, ifname, netns),
+                draft_entry(request, nic, ifname, netns),
                 pools[n],
                 ledger=node.ledger,
                 held=held,
@@ -190,12 +190,13 @@ def cmd_check(request: Request, node: Node) -> None:
         for entry in node.ledger.of(request.container_id)
         if entry.cni_ifname == request.ifname
     ]
+    added = [entry for entry in entries if not entry.hotplugged]
     # Behind a plugin that made CNI_IFNAME, ours has another name.
-    is_chained = all(entry.ifname != request.ifname for entry in entries)
+    is_chained = all(entry.ifname != request.ifname for entry in added)
     asked = count_nics(request, is_chained=is_chained)
-    if len(entries) < asked:
+    if len(added) < asked:
         raise UnknownContainer(
-            f"the ledger has {len(entries)} of the {asked} NICs of container"
+            f"the ledger has {len(added)} of the {asked} NICs of container"
             f" {request.container_id} that were asked for by {request.ifname}",
             "delete the pod and create it again",
         )
@@ -206,10 +207,11 @@ def cmd_check(request: Request, node: Node) -> None:
         found = []
         for entry in entries:
             found += differences(entry, host=host, pod=pod)
+        for entry in added:
             found += _result_differences(entry, request)
     if found:
         raise AttachmentDiffers("; ".join(found), "delete the pod and create it again")
-    for entry in entries:
+    for entry in added:
         if entry.delegation is not None:
             delegation = parse_delegation(entry.delegation)
             ipam_check(delegation, request.prev_result, host_process=node.host_process)
@@ -298,7 +300,8 @@ def main() -> int:
     )
 
 
-def _draft(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
+def draft_entry(request: Request, nic: WantedNic, ifname: str, netns: int) -> Entry:
+    """What `attach` needs to know of the NIC, which is to be called `ifname`."""
     network = nic.network
     namespace = request.args.get("K8S_POD_NAMESPACE")
     pod = f"{namespace}/{request.args.get('K8S_POD_NAME', '')}" if namespace else ""
@@ -406,7 +409,8 @@ def _former_names(
     for twice.
     """
     entries = [entry for entry in held.entries() if entry.cni_ifname == request.ifname]
-    whole = [entry for entry in entries if entry.done and has_node(entry.ifindex)]
+    added = [entry for entry in entries if not entry.hotplugged]
+    whole = [entry for entry in added if entry.done and has_node(entry.ifindex)]
     if len(whole) >= wanted:
         raise NameTaken(
             f"container {request.container_id} has this attachment already:"
@@ -419,7 +423,7 @@ def _former_names(
         sweep(pod)
     former: dict[str, list[str]] = {}
     # As they were made: macvtap2 before macvtap10.
-    for entry in sorted(entries, key=lambda entry: (len(entry.ifname), entry.ifname)):
+    for entry in sorted(added, key=lambda entry: (len(entry.ifname), entry.ifname)):
         former.setdefault(entry.definition, []).append(entry.ifname)
     return former
 

@@ -1,12 +1,13 @@
 """containerd for a test, and the part of the CRI that a kubelet would use with it.
 
-containerd runs in mount and process namespaces of its own, with an empty /run and /var/lib: all its
-pods, mounts and files end with one process, whatever ends the test, and the machine's own
-containerd, if it has one, is another.
+containerd runs in mount and process namespaces of its own, as process 1 of a node with an empty
+/run, /var/lib and /opt and an /etc that nobody else sees changed: all its pods, mounts and files
+end with one process, whatever ends the test, and the machine's own containerd is another.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -39,10 +40,10 @@ _SCHEMA: Final[Schema] = {
     "ImageStatusResponse": {"image": (1, "Image")},
     "KeyValue": {"key": (1, "string"), "value": (2, "string")},
     "Number": {"value": (1, "int32")},
-    "Namespaces": {"pid": (2, "int32")},
+    "Namespaces": {"network": (1, "int32"), "pid": (2, "int32")},
     "Dns": {"servers": (1, "string[]")},
     "PodMetadata": {"name": (1, "string"), "uid": (2, "string"), "namespace": (3, "string")},
-    "PodSecurity": {"namespace_options": (1, "Namespaces")},
+    "PodSecurity": {"namespace_options": (1, "Namespaces"), "privileged": (6, "bool")},
     "LinuxPod": {"cgroup_parent": (1, "string"), "security_context": (2, "PodSecurity")},
     "PodConfig": {
         "metadata": (1, "PodMetadata"),
@@ -64,15 +65,23 @@ _SCHEMA: Final[Schema] = {
     "RemovePodSandboxResponse": {},
     "Capabilities": {"add_capabilities": (1, "string[]"), "drop_capabilities": (2, "string[]")},
     "SecurityProfile": {"profile_type": (1, "int32")},
+    "SELinux": {"type": (3, "string")},
     "ContainerSecurity": {
         "capabilities": (1, "Capabilities"),
+        "privileged": (2, "bool"),
         "namespace_options": (3, "Namespaces"),
+        "selinux_options": (4, "SELinux"),
         "run_as_user": (5, "Number"),
+        "readonly_rootfs": (7, "bool"),
         "no_new_privs": (11, "bool"),
         "run_as_group": (12, "Number"),
         "seccomp": (15, "SecurityProfile"),
     },
-    "LinuxContainer": {"security_context": (2, "ContainerSecurity")},
+    "Resources": {"cpu_shares": (3, "int64"), "memory_limit_in_bytes": (4, "int64")},
+    "LinuxContainer": {
+        "resources": (1, "Resources"),
+        "security_context": (2, "ContainerSecurity"),
+    },
     "ContainerMetadata": {"name": (1, "string")},
     "Mount": {
         "container_path": (1, "string"),
@@ -83,6 +92,7 @@ _SCHEMA: Final[Schema] = {
         "metadata": (1, "ContainerMetadata"),
         "image": (2, "ImageSpec"),
         "command": (3, "string[]"),
+        "args": (4, "string[]"),
         "envs": (6, "KeyValue[]"),
         "mounts": (7, "Mount[]"),
         "log_path": (11, "string"),
@@ -96,6 +106,13 @@ _SCHEMA: Final[Schema] = {
     "CreateContainerResponse": {"container_id": (1, "string")},
     "StartContainerRequest": {"container_id": (1, "string")},
     "StartContainerResponse": {},
+    "ContainerStatusRequest": {"container_id": (1, "string"), "verbose": (2, "bool")},
+    "ContainerStatusResponse": {"status": (1, "ContainerStatus"), "info": (2, "KeyValue[]")},
+    "ContainerStatus": {"state": (3, "int32"), "exit_code": (7, "int32")},
+    "StopContainerRequest": {"container_id": (1, "string"), "timeout": (2, "int64")},
+    "StopContainerResponse": {},
+    "RemoveContainerRequest": {"container_id": (1, "string")},
+    "RemoveContainerResponse": {},
     "ExecSyncRequest": {
         "container_id": (1, "string"),
         "cmd": (2, "string[]"),
@@ -108,9 +125,6 @@ _SCHEMA: Final[Schema] = {
     },
 }
 _PACKAGE: Final = "runtime.v1"
-# NamespaceMode.CONTAINER: each container has processes of its own, as kubelet asks for.
-_APART: Final = {"pid": 1}
-
 
 T = TypeVar("T")
 
@@ -171,66 +185,41 @@ class Containerd:
                 raise CriFailure(f"{method}: {error}") from error
         return json_format.MessageToDict(answer, preserving_proto_field_name=True)
 
-    def run_pod(self, name: str, annotations: Mapping[str, str]) -> Pod:
-        """Make a pod of that name with these annotations; raises CriFailure."""
-        config = {
-            "metadata": {"name": name, "uid": secrets.token_hex(8), "namespace": "default"},
-            "hostname": name,
-            "log_directory": str(self.logs),
-            # Else it would be the machine's resolv.conf, which may be a link into its /run.
-            "dns_config": {"servers": ["192.0.2.53"]},
-            "annotations": _pairs(annotations),
-            "linux": {
-                "cgroup_parent": self.cgroup,
-                "security_context": {"namespace_options": _APART},
-            },
-        }
+    def run_pod(self, name: str, config: Mapping[str, object]) -> Pod:
+        """Make the sandbox of a pod; raises CriFailure."""
         return Pod(name, self.call("RunPodSandbox", config=config)["pod_sandbox_id"], config)
 
-    def run_container(
-        self,
-        pod: Pod,
-        command: Sequence[str],
-        *,
-        uid: int,
-        mounts: Sequence[Path] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> str:
-        """Start the pod's container as Kubernetes' restricted profile has it; answers its ID.
-
-        `mounts` are read-only, each at its own path. Output goes to POD.log in the folder `logs`.
-        """
-        config = {
-            "metadata": {"name": "main"},
-            "image": {"image": IMAGE},
-            "command": list(command),
-            "envs": _pairs(environment or {}),
-            "mounts": [
-                {"container_path": str(path), "host_path": str(path), "readonly": True}
-                for path in mounts
-            ],
-            "log_path": f"{pod.name}.log",
-            "linux": {
-                "security_context": {
-                    "capabilities": {"drop_capabilities": ["ALL"]},
-                    "namespace_options": _APART,
-                    "run_as_user": {"value": uid},
-                    "run_as_group": {"value": uid},
-                    "no_new_privs": True,
-                    # The runtime's default profile is number 0.
-                    "seccomp": {"profile_type": 0},
-                }
-            },
-        }
+    def run_container(self, pod: Pod, config: Mapping[str, object]) -> str:
+        """Start a container in the pod; answers its ID. Raises CriFailure."""
         container: str = self.call(
             "CreateContainer", pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config
         )["container_id"]
         self.call("StartContainer", container_id=container)
         return container
 
-    def execute(self, container: str, *command: str) -> Executed:
+    def exit_code(self, container: str) -> int | None:
+        """With what the container ended, None while it runs."""
+        status = self.call("ContainerStatus", container_id=container)["status"]
+        # ContainerState.CONTAINER_EXITED.
+        return status.get("exit_code", 0) if status.get("state") == 2 else None
+
+    def pid_of(self, container: str) -> int:
+        """The container's first process, as the node numbers it."""
+        told = self.call("ContainerStatus", container_id=container, verbose=True)["info"]
+        (info,) = (item["value"] for item in told if item["key"] == "info")
+        pid: int = json.loads(info)["pid"]
+        return pid
+
+    def import_image(self, archive: Path, image: str) -> None:
+        """Take the image out of an archive; raises LabFailure, TimeoutError."""
+        run("ctr", "--address", str(self.socket), "--namespace", "k8s.io",
+            "images", "import", str(archive))  # fmt: skip
+        # The CRI gets word of the image later than containerd has it.
+        until(lambda: self.call("ImageStatus", image={"image": image}))
+
+    def execute(self, container: str, *command: str, seconds: int = 30) -> Executed:
         """Run a command in the container, as what the container runs as."""
-        answer = self.call("ExecSync", container_id=container, cmd=list(command), timeout=30)
+        answer = self.call("ExecSync", container_id=container, cmd=list(command), timeout=seconds)
         return Executed(
             answer.get("exit_code", 0), answer.get("stdout", ""), answer.get("stderr", "")
         )
@@ -262,17 +251,15 @@ def until(ask: Callable[[], T | None], *, seconds: float = 30) -> T:
 
 
 @contextmanager
-def containerd(
-    folder: Path, *, plugins: Path, configurations: Path, environment: Mapping[str, str]
-) -> Iterator[Containerd]:
-    """Run containerd with its image, with CNI plugins and configurations from these folders.
+def containerd(folder: Path) -> Iterator[Containerd]:
+    """Run containerd with an image for VMs; its own files go to `folder`.
 
-    Its own files go to `folder`; the plugins inherit its environment, with this added. Raises
-    CriFailure with the end of its log.
+    CNI's folders are where they mostly are, and empty but for Debian's plugins. Raises CriFailure
+    with the end of its log.
     """
     (folder / "logs").mkdir()
     config = folder / "containerd.toml"
-    config.write_text(_CONFIG.format(image=IMAGE, plugins=plugins, configurations=configurations))
+    config.write_text(_CONFIG.format(image=IMAGE))
     image = folder / "image.tar"
     write_image(image)
     cgroup = f"/extbridge-{secrets.token_hex(4)}"
@@ -285,7 +272,6 @@ def containerd(
                  "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
                  "sh", "-ec", _START, "sh", str(config)),
                 stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                env={**os.environ, **environment},
             )  # fmt: skip
         closing.callback(_kill, holder)
 
@@ -299,26 +285,27 @@ def containerd(
 
         try:
             served = until(lambda: serves(children_of(holder.pid)))
-            run("ctr", "--address", str(served.socket), "--namespace", "k8s.io",
-                "images", "import", str(image))  # fmt: skip
-            image.unlink()
-            # The CRI gets word of the image later than containerd has it.
-            until(lambda: served.call("ImageStatus", image={"image": IMAGE}))
+            served.import_image(image, IMAGE)
         except TimeoutError as error:
             raise CriFailure(f"containerd does not serve:\n{log.read_text()[-2000:]}") from error
+        image.unlink()
         yield served
 
 
 _START: Final = """
 mount -t tmpfs -o mode=0755 extbridge-run /run
 mount -t tmpfs -o mode=0755 extbridge-lib /var/lib
+mount -t tmpfs -o mode=0755 extbridge-opt /opt
+mkdir /run/etc /run/etc.new
+mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/etc.new extbridge-etc /etc
+rm -rf /etc/cni
+mkdir -p /etc/cni/net.d /opt/cni/bin /var/lib/kubelet/device-plugins
+ln -s /usr/lib/cni/* /opt/cni/bin
 exec containerd --config "$1"
 """
 
 _CONFIG: Final = """\
 version = 2
-# It makes /opt/containerd.
-disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{image}"
@@ -328,16 +315,12 @@ restrict_oom_score_adj = true
 disable_apparmor = true
 
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "{plugins}"
-conf_dir = "{configurations}"
+bin_dir = "/opt/cni/bin"
+conf_dir = "/etc/cni/net.d"
 """
 
 
 _MESSAGES: Final = message_classes(_PACKAGE, _SCHEMA)
-
-
-def _pairs(mapping: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"key": key, "value": value} for key, value in mapping.items()]
 
 
 def children_of(pid: int) -> list[int]:

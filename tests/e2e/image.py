@@ -19,6 +19,9 @@ from extbridge.demo.guest import boot_files, guest_folder
 from extbridge.demo.lab import run
 from tests.support import require
 
+ARCHIVE: Final = Path(__file__).parents[2] / ".image/extbridge.tar"
+"""The agent's image, as `make image` has built it."""
+
 IMAGE: Final = "localhost/extbridge-guest:1"
 
 KERNEL: Final = Path("/boot/vmlinuz")

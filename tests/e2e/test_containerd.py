@@ -1,7 +1,8 @@
 """With containerd, as on a Kubernetes node: VMs in pods that have no privilege whatever.
 
-containerd, runc, the plugins of the pod network, the shim, the agent, QEMU and the guests are the
-real ones; the test does what a kubelet would do, through the CRI. Two VMs serve all tests.
+The agent is the image's, run as the rendered DaemonSet says, and the VMs' pods are those of
+deploy/examples. containerd, runc, the plugins of the pod network, QEMU and the guests are the real
+ones; the test does what a kubelet would do, through the CRI. Two VMs serve most tests.
 """
 
 from __future__ import annotations
@@ -9,105 +10,121 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
+import yaml
 
 from extbridge.demo.guest import Console, Guest, qemu_command
-from extbridge.demo.lab import Lab, run
+from extbridge.demo.lab import Lab
 from extbridge.ledger import Entry, Ledger
-from tests.e2e.cri import Containerd, CriFailure, Executed, Pod, children_of, containerd, until
-from tests.e2e.image import INITRAMFS, KERNEL
+from tests.e2e.cri import Containerd, CriFailure, Executed, Pod, containerd, until
+from tests.e2e.image import ARCHIVE, IMAGE, INITRAMFS, KERNEL
+from tests.e2e.kubelet import (
+    Kubelet,
+    PodFailure,
+    RunningPod,
+    pod_of,
+)
 from tests.kernel.observe import ledger_of, link_names, tables
-from tests.support import executable, require
+from tests.manifests import DEPLOY, Manifest, rendered, the
+from tests.support import missing, require
 
 pytestmark = pytest.mark.guest
 
-# Whom Debian's libvirt runs QEMU as; any will do.
-_UID: Final = 64055
-
+_LAUNCHER: Final = "/run/extbridge/pod/extbridge-exec"
 _NETWORKS: Final = "extbridge.io/networks"
-_PLUGINS: Final = Path("/usr/lib/cni")
 
 # What runc and containerd mount into every container, restricted or not.
 _RUNTIMES_OWN: Final = re.compile(r"/|/(proc|sys|dev)(/.*)?|/etc/(hosts|hostname|resolv\.conf)")
 
+# What all of extbridge's own is in, on a node.
+_FOLDERS: Final = ("opt/cni", "etc/cni", "run/extbridge", "var/lib/kubelet")
+
 
 class Agent:
-    """The node's agent, and a parent for it that starts it anew when told: a service manager."""
+    """The DaemonSet's pod on the node."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._socket = str(run_dir / "cni.sock")
-        self._parent = subprocess.Popen(
-            ("setpriv", "--pdeathsig", "KILL", "--",
-             "sh", "-c", 'while read -r _; do "$@"; done', "sh",
-             "setpriv", "--pdeathsig", "KILL", "--",
-             executable("extbridge"), "agent", "--run-dir", str(run_dir)),
-            stdin=subprocess.PIPE,
-        )  # fmt: skip
+    def __init__(self, kubelet: Kubelet, daemon_set: Manifest) -> None:
+        self._kubelet = kubelet
+        self._daemon_set = daemon_set
+        self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it takes requests."""
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(b"\n")
-        self._parent.stdin.flush()
-        until(lambda: _connect(self._socket)).close()
-
-    def kill(self) -> None:
-        """Kill it as the kernel would, with no chance to finish anything."""
-        for pid in children_of(self._parent.pid):
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: not children_of(self._parent.pid))
+        """Start it, and wait until it is ready."""
+        self._running = self._kubelet.run(pod_of(self._daemon_set))
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """It is killed, and started anew after the block."""
-        self.kill()
+        """It is killed, with no chance to finish anything; after the block kubelet restarts it."""
+        # With it goes who would answer.
+        with suppress(CriFailure):
+            self._signal("KILL")
         try:
             yield
         finally:
-            self.start()
+            self._kubelet.restart(self._running, "agent")
 
-    def close(self) -> None:
-        """Kill it for good."""
-        self.kill()
-        self._parent.communicate()
+    @contextmanager
+    def hanging(self) -> Iterator[Callable[[str], Executed]]:
+        """It does nothing until the block ends; given is what asks its probe of a kind."""
+        container = self._running.containers["agent"]
+        self._signal("STOP")
+        try:
+            yield partial(self._kubelet.probe, container)
+        finally:
+            self._signal("CONT")
+
+    def execute(self, *command: str) -> Executed:
+        """Run a command in its container."""
+        return self._kubelet.cri.execute(self._running.containers["agent"].id, *command)
+
+    def replace(self) -> None:
+        """What a rolling update does with a node: the pod is ended, and another one started."""
+        self.remove()
+        self.start()
+
+    def remove(self) -> None:
+        """End it, with the time that it needs for it."""
+        self._kubelet.remove(self._running)
+
+    def _signal(self, name: str) -> None:
+        # Its container sees the node's processes.
+        pid = self._kubelet.cri.pid_of(self._running.containers["agent"].id)
+        self.execute("sh", "-c", f"kill -{name} {pid}")
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node with a NIC on the switch, containerd, the agent and a network for VMs."""
+    """A node with a NIC on the switch, containerd, the agent and a network for VMs.
+
+    `found` is what its folders had before the agent came.
+    """
 
     cri: Containerd
+    kubelet: Kubelet
     agent: Agent
-    run_dir: Path
-    leases: Path
+    found: Mapping[str, object]
 
     @property
-    def launcher(self) -> str:
-        """Where a VM's container has it."""
-        return str(self.run_dir / "pod/extbridge-exec")
+    def run_dir(self) -> Path:
+        """The agent's, as it is seen from here."""
+        return self.cri.root / "run/extbridge"
 
     def entries(self, pod: Pod) -> list[Entry]:
         """What the ledger says of the pod."""
         return Ledger(self.run_dir).of(pod.id)
 
-    def run_vm_container(self, pod: Pod, *command: str) -> str:
-        """Start a container that has what a VM's has, and give it the pod's taps."""
-        return self.cri.run_container(
-            pod,
-            [self.launcher, *command],
-            uid=_UID,
-            mounts=[self.run_dir / "pod"],
-            environment={"EXTBRIDGE_RUN": str(self.run_dir)},
-        )
+    def process(self, pid: int) -> Path:
+        """The folder in /proc of a process, by the number that it has on the node."""
+        return self.cri.root / "proc" / str(pid)
 
     def holder(self, pod: Pod) -> int:
         """The process that took the pod's tap, as soon as one has."""
@@ -118,7 +135,7 @@ class Node:
         try:
             return until(taken)
         except TimeoutError:
-            pytest.fail(f"nobody takes the tap: {(self.cri.logs / f'{pod.name}.log').read_text()}")
+            pytest.fail(f"nobody takes the tap: {self.kubelet.log(pod.name, 'qemu')}")
 
     def traces(self) -> set[str]:
         """All that pods leave on the node, if they leave anything."""
@@ -128,7 +145,10 @@ class Node:
             *(f"namespace {path.name}" for path in self.cri.root.glob("run/netns/*")),
             *(f"ledger {path}" for path in ledger_of(self.run_dir)),
             *(f"spool {path}" for path in (self.run_dir / "spool").iterdir()),
-            *(f"address {path.name}" for path in self.leases.glob("*/*.*.*.*")),
+            *(
+                f"address {path.name}"
+                for path in self.cri.root.glob("var/lib/cni/networks/*/*.*.*.*")
+            ),
         }
 
 
@@ -151,15 +171,21 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(guest: type[Guest], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The node with its VMs; when these are stopped and removed nothing is left of them."""
+def lab_nic(guest: type[Guest]) -> Iterator[str]:
+    """A NIC on a switch, where all is there that its node needs."""
     del guest  # Its needs are ours.
     for tool in ("containerd", "ctr", "runc", "nft", "ip", "bridge"):
         require(tool)
-    folder = tmp_path_factory.mktemp("node")
-    with ExitStack() as closing:
-        lab = closing.enter_context(Lab())
-        node = closing.enter_context(_node(folder, lab.nic().name))
+    if not ARCHIVE.exists():
+        missing(f"the image {ARCHIVE}")
+    with Lab() as lab:
+        yield lab.nic().name
+
+
+@pytest.fixture(scope="module")
+def site(lab_nic: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The node with its VMs; when these are stopped and removed nothing is left of them."""
+    with _node(tmp_path_factory.mktemp("node"), lab_nic) as node:
         before = node.traces()
         with _vm(node, "a", "10.9.0.1") as a, _vm(node, "b", "10.9.0.2") as b:
             for vm in (a, b):
@@ -182,17 +208,17 @@ def test_vm_reaches_another_across_the_switch(site: Site) -> None:
         assert (entry.network, entry.definition, entry.ifname) == ("cluster", "vepanet", "macvtap0")
         assert entry.mac in vm.console.run("ip link show eth0").output
         # The one that the ledger holds to be the holder has the tap, and is QEMU.
-        assert os.readlink(f"/proc/{vm.pid}/exe").endswith("/qemu-system-x86_64")
-        opened = [fd.readlink().name for fd in Path(f"/proc/{vm.pid}/fd").iterdir()]
+        process = site.node.process(vm.pid)
+        assert os.readlink(process / "exe").endswith("/qemu-system-x86_64")
+        opened = [fd.readlink().name for fd in (process / "fd").iterdir()]
         assert [name for name in opened if "tap" in name] == [f"tap{entry.ifindex}"]
 
 
 def test_vms_container_has_no_privilege(site: Site) -> None:
     """QEMU runs as an ordinary user without a capability or a device; one folder is mounted."""
-    status = dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{site.a.pid}/status").read_text().splitlines()
-    )
-    assert status["Uid"].split() == status["Gid"].split() == [str(_UID)] * 4
+    process = site.node.process(site.a.pid)
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    assert status["Uid"].split() == status["Gid"].split() == ["107"] * 4
     assert {status[f"Cap{which}"] for which in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
     # Filtered by the runtime's default profile (seccomp, mode 2).
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
@@ -201,12 +227,13 @@ def test_vms_container_has_no_privilege(site: Site) -> None:
         *("full", "null", "ptmx", "random", "tty", "urandom", "zero")
     }
     mounts = {}
-    for line in Path(f"/proc/{site.a.pid}/mountinfo").read_text().splitlines():
+    for line in (process / "mountinfo").read_text().splitlines():
         # proc(5): the fifth field is the mount point, the sixth its options.
         point, options = line.split()[4:6]
         if not _RUNTIMES_OWN.fullmatch(point):
             mounts[point] = options.split(",")[0]
-    assert mounts == {str(site.node.run_dir / "pod"): "ro"}
+    # The second is the pod's own, and empty.
+    assert mounts == {"/run/extbridge/pod": "ro", "/tmp": "rw"}  # noqa: S108 - a volume
 
 
 def test_second_launcher_in_a_pod_is_refused(site: Site) -> None:
@@ -218,13 +245,13 @@ def test_pod_without_annotation_is_left_alone(site: Site) -> None:
     """A pod that asks for nothing has its pod network as it would have without extbridge."""
     node = site.node
     before = node.traces()
-    with _pod(node, "plain", {}) as pod:
-        container = node.cri.run_container(pod, ["busybox", "sleep", "1000"], uid=_UID)
+    with _pod(node, _plain_pod("plain", {})) as running:
+        container = running.containers["main"].id
         assert _links(node.cri.execute(container, "busybox", "ip", "link")) == ["eth0", "lo"]
-        status = node.cri.call("PodSandboxStatus", pod_sandbox_id=pod.id)["status"]
+        status = node.cri.call("PodSandboxStatus", pod_sandbox_id=running.pod.id)["status"]
         shown = node.cri.execute(container, "busybox", "ip", "address", "show", "eth0").stdout
         assert f"inet {status['network']['ip']}/" in shown
-        assert node.entries(pod) == []
+        assert node.entries(running.pod) == []
     assert node.traces() == before
 
 
@@ -232,12 +259,173 @@ def test_pod_that_asks_for_an_unknown_network_does_not_start(site: Site) -> None
     """Whoever looks at a pod that does not start reads why; nothing is left of the attempt."""
     before = site.node.traces()
     with pytest.raises(CriFailure, match=r"vepante.*vepanet"):
-        site.node.cri.run_pod("typo", {_NETWORKS: "vepante"})
+        site.node.kubelet.run(_plain_pod("typo", {_NETWORKS: "vepante"}))
     assert site.node.traces() == before
 
 
 def test_agent_that_is_killed_and_restarted_is_not_noticed(site: Site) -> None:
     """While the agent dies and comes back VMs lose no packet, and keep their taps."""
+    with _no_ping_is_lost(site), site.node.agent.down():
+        pass
+    _expect_refusal(site.node, site.a)
+
+
+def test_agent_that_is_replaced_is_not_noticed(site: Site) -> None:
+    """Nor do they when a rolling update of the DaemonSet comes to their node."""
+    with _no_ping_is_lost(site):
+        site.node.agent.replace()
+    _expect_refusal(site.node, site.a)
+
+
+def test_agent_that_hangs_is_found_out(site: Site) -> None:
+    """Kubelet's probes of an agent fail when it does not answer, so that it is started anew."""
+    with site.node.agent.hanging() as probed, pytest.raises(CriFailure, match="timeout"):
+        probed("livenessProbe")
+    assert probed("livenessProbe").status == 0
+
+
+def test_agent_cannot_change_its_image(site: Site) -> None:
+    """All that the agent writes is in the node's folder for it; what runs is what was installed."""
+    touched = site.node.agent.execute("touch", "/opt/extbridge/bin/more")
+    assert "Read-only file system" in touched.stderr
+
+
+def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> None:
+    """A pod can be stopped and removed without an agent; the next one does what is left to do."""
+    node = site.node
+    before = node.traces()
+    with ExitStack() as closing:
+        running = closing.enter_context(_pod(node, _holding_pod("short")))
+        node.holder(running.pod)
+        with node.agent.down():
+            closing.close()
+            assert any(trace.startswith("spool") for trace in node.traces() - before)
+    until(lambda: node.traces() == before)
+
+
+def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> None:
+    """What deploy/ brought onto a node deploy/uninstall takes away, once nothing needs it."""
+    uninstall = pod_of(the("DaemonSet", rendered(_overlay(tmp_path / "gone", "uninstall"))))
+    with _node(tmp_path, lab_nic) as node:
+        running = node.kubelet.run(_holding_pod("vm"))
+        node.holder(running.pod)
+        with pytest.raises(PodFailure, match="agent still runs"):
+            node.kubelet.run(uninstall)
+        node.agent.remove()
+        with pytest.raises(PodFailure, match="delete their pods"):
+            node.kubelet.run(uninstall)
+        node.agent.start()
+        node.kubelet.remove(running)
+        node.agent.remove()
+        node.kubelet.remove(node.kubelet.run(uninstall))
+        # Again, where all is done.
+        node.kubelet.remove(node.kubelet.run(uninstall))
+        assert _contents(node.cri) == node.found
+
+
+@contextmanager
+def _node(folder: Path, nic: str) -> Iterator[Node]:
+    """A node whose pods have a point-to-point link for their pod network, and `vepanet`."""
+    manifests = rendered(_overlay(folder / "deploy", "", nic))
+    with containerd(folder) as cri:
+        chain = {
+            "cniVersion": "1.0.0",
+            "name": "cluster",
+            "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "subnet": "10.88.0.0/24"}}],
+        }
+        (cri.root / "etc/cni/net.d/10-cluster.conflist").write_text(json.dumps(chain))
+        found = _contents(cri)
+        cri.import_image(ARCHIVE, "localhost/extbridge:latest")
+        networks = the("ConfigMap", manifests)
+        kubelet = Kubelet(cri, folder / "pods", {networks["metadata"]["name"]: networks["data"]})
+        yield Node(cri, kubelet, Agent(kubelet, the("DaemonSet", manifests)), found)
+
+
+def _overlay(folder: Path, deployed: str, nic: str = "") -> Path:
+    """A kustomization of deploy/ or a part of it, as a user makes one for his cluster."""
+    folder.mkdir()
+    # Said in full, a base is taken for a file.
+    base = os.path.relpath(DEPLOY / deployed, folder)
+    kustomization = {
+        "resources": [base],
+        "images": [{"name": "extbridge", "newName": "localhost/extbridge", "newTag": "latest"}],
+    }
+    if nic:
+        definition = {"extbridge": {"mode": "vepa", "dev": nic}}
+        change = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "extbridge-networks", "namespace": "extbridge"},
+            "data": {"vepanet.yaml": yaml.safe_dump(definition)},
+        }
+        kustomization["patches"] = [{"patch": yaml.safe_dump(change)}]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
+def _contents(cri: Containerd) -> Mapping[str, object]:
+    """All that is in the node's folders that are extbridge's or have something of it."""
+    found: dict[str, object] = {}
+    for name in _FOLDERS:
+        for path in (cri.root / name, *(cri.root / name).rglob("*")):
+            if path.is_symlink() or path.exists():
+                status = path.lstat()
+                said = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+                key = str(path.relative_to(cri.root))
+                found[key] = (status.st_mode, status.st_uid, status.st_gid, said)
+    return found
+
+
+def _vm_pod(name: str, *command: str) -> Manifest:
+    """The example's pod, with this command."""
+    pod: Manifest = yaml.safe_load((DEPLOY / "examples/vm.yaml").read_text())
+    pod["metadata"]["name"] = name
+    pod["spec"]["containers"][0] |= {"image": IMAGE, "args": list(command)}
+    return pod
+
+
+def _holding_pod(name: str) -> Manifest:
+    """The same without QEMU: a process that has the tap, and soon ends when it is told to."""
+    # A command with a placeholder gets no options of QEMU's.
+    script = "trap exit TERM; sleep 1000 & wait"
+    return _vm_pod(name, "busybox", "sh", "-c", script, "{macvtap0.fd}")
+
+
+def _plain_pod(name: str, annotations: Mapping[str, str]) -> Manifest:
+    """A pod that is no VM."""
+    container = {"name": "main", "image": IMAGE, "command": ["busybox", "sleep", "1000"]}
+    metadata = {"name": name, "namespace": "default", "annotations": annotations}
+    return {"metadata": metadata, "spec": {"containers": [container]}}
+
+
+@contextmanager
+def _pod(node: Node, manifest: Manifest) -> Iterator[RunningPod]:
+    """The pod, running; after the block it is stopped and removed, and its taps are gone."""
+    running = node.kubelet.run(manifest)
+    try:
+        yield running
+    finally:
+        taps = [Path(f"/dev/tap{entry.ifindex}") for entry in node.entries(running.pod)]
+        node.cri.remove_pod(running.pod)
+        until(lambda: not any(tap.exists() for tap in taps))
+
+
+@contextmanager
+def _vm(node: Node, name: str, address: str) -> Iterator[Vm]:
+    """A VM of that name, booting; stopped and removed with its pod."""
+    with ExitStack() as closing:
+        # QEMU waits until somebody listens.
+        command = qemu_command(KERNEL, INITRAMFS, serial="unix:/tmp/console,server=on")
+        running = closing.enter_context(_pod(node, _vm_pod(name, *command)))
+        pid = node.holder(running.pod)
+        serial = until(lambda: _connect(str(node.process(pid) / "root/tmp/console")))
+        console = closing.enter_context(Console(name, serial, addresses=[f"{address}/24"]))
+        yield Vm(running.pod, running.containers["qemu"].id, pid, console, address)
+
+
+@contextmanager
+def _no_ping_is_lost(site: Site) -> Iterator[None]:
+    """VM a has an answer of VM b to every ping, before, in and after the block."""
     console = site.a.console
     console.run(f"ping -i 0.1 {site.b.address} >/tmp/pings & echo $! >/tmp/pinging")
 
@@ -246,94 +434,12 @@ def test_agent_that_is_killed_and_restarted_is_not_noticed(site: Site) -> None:
         return number if number >= at_least else 0
 
     until(lambda: answered(3))
-    with site.node.agent.down():
-        pass
-    while_restarting = answered(1)
-    until(lambda: answered(while_restarting + 3))
+    yield
+    until_now = answered(1)
+    until(lambda: answered(until_now + 3))
     said = console.run("kill -INT $(cat /tmp/pinging); cat /tmp/pings").output
     sequence = [int(number) for number in re.findall(r"seq=(\d+)", said)]
     assert sequence == list(range(len(sequence)))
-    _expect_refusal(site.node, site.a)
-
-
-def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> None:
-    """A pod can be stopped and removed without an agent; the next one does what is left to do."""
-    node = site.node
-    before = node.traces()
-    with ExitStack() as closing:
-        pod = closing.enter_context(_pod(node, "short", {_NETWORKS: "vepanet"}))
-        # A command with a placeholder gets no options of QEMU's.
-        node.run_vm_container(pod, "busybox", "sh", "-c", "sleep 1000", "{macvtap0.fd}")
-        node.holder(pod)
-        with node.agent.down():
-            closing.close()
-            assert any(trace.startswith("spool") for trace in node.traces() - before)
-    until(lambda: node.traces() == before)
-
-
-@contextmanager
-def _node(folder: Path, nic: str) -> Iterator[Node]:
-    """A node whose pods have a point-to-point link for their pod network, and `vepanet`."""
-    run_dir, plugins, configurations, networks, leases = (
-        folder / name for name in ("run", "plugins", "net.d", "networks", "leases")
-    )
-    for made in (plugins, configurations, networks, leases):
-        made.mkdir()
-    for plugin in ("loopback", "ptp", "host-local"):
-        (plugins / plugin).symlink_to(_PLUGINS / plugin)
-    run(executable("extbridge"), "install", "--shim-only", "--bin-dir", str(plugins))
-    (networks / "vepanet.yaml").write_text(f"extbridge: {{mode: vepa, dev: {nic}}}\n")
-    ipam = {"type": "host-local", "subnet": "10.88.0.0/24", "dataDir": str(leases)}
-    chained = {
-        "type": "extbridge",
-        "networksDir": str(networks),
-        "capabilities": {"io.kubernetes.cri.pod-annotations": True},
-    }
-    chain = {
-        "cniVersion": "1.0.0",
-        "name": "cluster",
-        "plugins": [{"type": "ptp", "ipam": ipam}, chained],
-    }
-    (configurations / "cluster.conflist").write_text(json.dumps(chain))
-    with ExitStack() as closing:
-        agent = Agent(run_dir)
-        closing.callback(agent.close)
-        agent.start()
-        cri = closing.enter_context(
-            containerd(
-                folder,
-                plugins=plugins,
-                configurations=configurations,
-                environment={"EXTBRIDGE_RUN": str(run_dir)},
-            )
-        )
-        yield Node(cri, agent, run_dir, leases)
-
-
-@contextmanager
-def _pod(node: Node, name: str, annotations: Mapping[str, str]) -> Iterator[Pod]:
-    """A pod of that name; after the block it is stopped and removed, and its taps are gone."""
-    pod = node.cri.run_pod(name, annotations)
-    try:
-        yield pod
-    finally:
-        taps = [Path(f"/dev/tap{entry.ifindex}") for entry in node.entries(pod)]
-        node.cri.remove_pod(pod)
-        until(lambda: not any(tap.exists() for tap in taps))
-
-
-@contextmanager
-def _vm(node: Node, name: str, address: str) -> Iterator[Vm]:
-    """A VM of that name, booting; stopped and removed with its pod."""
-    with ExitStack() as closing:
-        pod = closing.enter_context(_pod(node, name, {_NETWORKS: "vepanet"}))
-        # QEMU waits until somebody listens.
-        command = qemu_command(KERNEL, INITRAMFS, serial="unix:/tmp/console,server=on")
-        container = node.run_vm_container(pod, *command)
-        pid = node.holder(pod)
-        serial = until(lambda: _connect(f"/proc/{pid}/root/tmp/console"))
-        console = closing.enter_context(Console(name, serial, addresses=[f"{address}/24"]))
-        yield Vm(pod, container, pid, console, address)
 
 
 def _connect(path: str) -> socket.socket | None:
@@ -348,7 +454,7 @@ def _connect(path: str) -> socket.socket | None:
 
 
 def _expect_refusal(node: Node, vm: Vm) -> None:
-    refused = node.cri.execute(vm.container, node.launcher, "busybox", "true")
+    refused = node.cri.execute(vm.container, _LAUNCHER, "busybox", "true")
     assert refused.status == 125
     assert f"held by process {vm.pid}" in refused.stderr
 

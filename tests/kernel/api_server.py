@@ -89,8 +89,10 @@ class ApiServer:
     ) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        # It keeps nothing; some of its threads may be in the midst of being slow.
+        self._process.kill()
         self._process.wait(_SECONDS)
+        self._process.stdin.close()
         self._process.stdout.close()
 
     def _ask(self, **command: object) -> Any:  # noqa: ANN401 - whatever the command gives

@@ -122,7 +122,8 @@ def test_metrics_are_served_over_tcp_if_asked_for(agent: Agent, address: str) ->
     agent.start()
     for _ in range(20):
         with socket.create_connection((address, 9477)) as scraper:
-            scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            # What the command line asks for is not for the network.
+            scraper.sendall(b"GET /attachments HTTP/1.1\r\n\r\n")
             said = b"".join(iter(lambda: scraper.recv(1 << 16), b""))
         assert said.startswith(b"HTTP/1.0 200 OK\r\n")
         assert b"\nextbridge_attachments 0.0\n" in said

@@ -26,6 +26,9 @@ _RTM_DELLINK = 17
 _RTM_GETLINK = 18
 _RTM_GETADDR = 22
 _RTM_GETROUTE = 26
+_RTM_GETNSID = 90
+_NETNSA_NSID = 1
+_NETNSA_FD = 3
 
 _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
@@ -34,18 +37,25 @@ _IFLA_LINK = 5
 _IFLA_MASTER = 10
 _IFLA_LINKINFO = 18
 _IFLA_IFALIAS = 20
+_IFLA_STATS64 = 23
 _IFLA_GROUP = 27
 _IFLA_NET_NS_FD = 28
 _IFLA_EXT_MASK = 29
+_IFLA_PROMISCUITY = 30
 _IFLA_NUM_TX_QUEUES = 31
 _IFLA_NUM_RX_QUEUES = 32
 _IFLA_CARRIER = 33
+_IFLA_LINK_NETNSID = 37
 _IFLA_PERM_ADDRESS = 54
 _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
 _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
 _IFLA_MACVLAN_MODE = 1
+_VETH_INFO_PEER = 1
+
+# NETNSA_NSID_NOT_ASSIGNED.
+_NO_NSID = b"\xff" * 4
 
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
@@ -82,7 +92,9 @@ class Link:
     """A link as the kernel describes it; `lower` and `master` are ifindexes, 0 for none.
 
     `permanent_mac` is the one that the hardware came with, and `pci` its address on that bus; empty
-    where there is none, or the kernel does not tell (before Linux 5.6 and 5.14).
+    where there is none, or the kernel does not tell (before Linux 5.6 and 5.14). `promiscuity`
+    counts who wants the link to hear every frame. `lower_nsid` is the number that the link's own
+    namespace has for that of `lower` (see nsid_of), -1 if it is the same.
     """
 
     ifindex: int
@@ -103,6 +115,8 @@ class Link:
     tx_queues: int
     permanent_mac: str
     pci: str
+    promiscuity: int
+    lower_nsid: int
 
     @property
     def ours(self) -> bool:
@@ -112,6 +126,16 @@ class Link:
             and self.group == GROUP
             and FIRST_IFINDEX <= self.ifindex <= LAST_IFINDEX
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Frames and octets through a macvtap, as the guest sees them: rx is what it received."""
+
+    rx_frames: int
+    rx_octets: int
+    tx_frames: int
+    tx_octets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +207,28 @@ def create_ifb(route: Netlink, ifindex: int, name: str, *, mtu: int) -> None:
     )
 
 
+def create_veth(route: Netlink, name: str, peer: str) -> None:
+    """Make a veth pair in the namespace of `route`, both ends DOWN."""
+    payload = (
+        _IFINFO.pack(0, 0, 0, 0, 0)
+        + text(_IFLA_IFNAME, name)
+        + nested(
+            _IFLA_LINKINFO,
+            text(_IFLA_INFO_KIND, "veth"),
+            nested(
+                _IFLA_INFO_DATA,
+                attribute(_VETH_INFO_PEER, _IFINFO.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, peer)),
+            ),
+        )
+    )
+    route.request(
+        _RTM_NEWLINK,
+        payload,
+        flags=netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+        what=f"RTM_NEWLINK {name} (veth)",
+    )
+
+
 def set_up(route: Netlink, ifindex: int, *, alias: str) -> None:
     """Set the link UP and its alias. EADDRINUSE, or EBUSY on older kernels: its MAC is taken."""
     payload = _IFINFO.pack(0, 0, ifindex, _IFF_UP, _IFF_UP) + text(_IFLA_IFALIAS, alias)
@@ -245,6 +291,35 @@ def list_our_links(route: Netlink, *, at_most: int | None = None) -> list[Link]:
         what="RTM_GETLINK macvtaps",
     )
     return [link for link in map(_parse, answers) if link.ours]
+
+
+def count_our_links(route: Netlink) -> list[tuple[Link, Counters]]:
+    """The macvtaps of the socket's namespace that extbridge made, and what went through them."""
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "macvtap"))
+    found = []
+    for answer in route.request(
+        _RTM_GETLINK,
+        _IFINFO.pack(0, 0, 0, 0, 0) + kind,
+        flags=netlink.NLM_F_DUMP,
+        what="RTM_GETLINK macvtaps, with counters",
+    ):
+        link = _parse(answer)
+        if link.ours:
+            stats = netlink.attributes(answer[_IFINFO.size :])[_IFLA_STATS64]
+            # struct rtnl_link_stats64: frames received and sent, octets likewise.
+            rx_frames, tx_frames, rx_octets, tx_octets = struct.unpack_from("=4Q", stats)
+            found.append((link, Counters(rx_frames, rx_octets, tx_frames, tx_octets)))
+    return found
+
+
+def nsid_of(route: Netlink, netns: int) -> int:
+    """The number that the socket's namespace has for that of the fd, -1 if it has none."""
+    # struct rtgenmsg, padded.
+    payload = bytes(4) + u32(_NETNSA_FD, netns)
+    (answer,) = route.request(_RTM_GETNSID, payload, what=f"RTM_GETNSID of fd {netns}")
+    told = netlink.attributes(answer[4:]).get(_NETNSA_NSID, _NO_NSID)
+    nsid: int = struct.unpack("=i", told)[0]
+    return nsid
 
 
 def has_address(route: Netlink, ifindex: int) -> bool:
@@ -335,4 +410,6 @@ def _parse(payload: bytes) -> Link:
         pci=netlink.as_text(found.get(_IFLA_PARENT_DEV_NAME, b""))
         if found.get(_IFLA_PARENT_DEV_BUS_NAME) == b"pci\0"
         else "",
+        promiscuity=netlink.as_u32(found.get(_IFLA_PROMISCUITY, bytes(4))),
+        lower_nsid=struct.unpack("=i", found.get(_IFLA_LINK_NETNSID, _NO_NSID))[0],
     )

@@ -101,13 +101,40 @@ def inside(netns: int) -> Iterator[None]:
         try:
             yield
         finally:
-            try:
-                _setns(own)
-            except OSError:
-                # A thread left in a pod's namespace would serve the next request from there.
-                os.abort()
+            _return(own)
     finally:
         os.close(own)
+
+
+@contextmanager
+def new_netns() -> Iterator[int]:
+    """An fd of a new namespace that nothing else keeps; raises OSError.
+
+    So it ends, and all that is in it, with the block, and with the process however that ends.
+    """
+    own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.unshare(_CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"unshare of a network namespace: {os.strerror(code)}")
+        try:
+            netns = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            _return(own)
+    finally:
+        os.close(own)
+    try:
+        yield netns
+    finally:
+        os.close(netns)
+
+
+def _return(own: int) -> None:
+    try:
+        _setns(own)
+    except OSError:
+        # A thread left in a pod's namespace would serve the next request from there.
+        os.abort()
 
 
 def _setns(netns: int) -> None:

@@ -67,6 +67,12 @@ def silence(ifindex: int, name: str, guard: Guard | None = None) -> None:
     nftables.add_tables(_silence_table(ifindex), *guarded)
 
 
+def disable_ipv6() -> None:
+    """Links that are made in the thread's namespace from now on have no IPv6."""
+    with suppress(FileNotFoundError):
+        _set_ipv6("default", {"disable_ipv6": 1})
+
+
 def unsilence_absent(route: Netlink) -> None:
     """Remove the rules whose link is gone, those of a guard too.
 

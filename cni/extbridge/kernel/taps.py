@@ -18,7 +18,7 @@ from typing import Final
 
 from extbridge.kernel.links import Link
 from extbridge.kernel.mounts import detached_mount
-from extbridge.network.definition import FIRST_DEVICE, FIRST_IFINDEX
+from extbridge.network.definition import FIRST_DEVICE, FIRST_IFINDEX, LAST_IFINDEX
 from extbridge.spec.errors import WrongTap
 
 _TUNSETIFF = 0x400454CA
@@ -50,6 +50,17 @@ def unused_ifindex() -> int:
 def has_node(ifindex: int) -> bool:
     """Whether a macvtap with this ifindex is there, in whichever namespace of the node."""
     return _exists(f"tap{ifindex}")
+
+
+def ifindexes_with_node() -> set[int]:
+    """The ifindexes of our range that a macvtap bears, in whichever namespace of the node."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=_device_nodes())
+    try:
+        numbers = (name.removeprefix("tap") for name in os.listdir(folder) if name[:3] == "tap")
+        found = {int(number) for number in numbers if number.isdecimal()}
+    finally:
+        os.close(folder)
+    return {ifindex for ifindex in found if FIRST_IFINDEX <= ifindex <= LAST_IFINDEX}
 
 
 def give_node(ifindex: int, *, uid: int, gid: int) -> None:

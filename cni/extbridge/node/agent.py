@@ -29,11 +29,11 @@ from extbridge.node.broker import HandOff, Lease
 from extbridge.node.launchers import THREADS as HAND_OFF_THREADS
 from extbridge.node.launchers import Launchers
 from extbridge.node.leases import Leases
-from extbridge.node.metrics import Metrics
+from extbridge.node.metrics import CONTENT_TYPE, Metrics
 from extbridge.node.peers import Peer, is_node_root
 from extbridge.node.reconcile import spooled
 from extbridge.node.refusals import Refusals
-from extbridge.node.scrape import accept_scrapers, serve_scraper
+from extbridge.node.scrape import Page, accept_scrapers, serve_scraper
 from extbridge.node.sockets import Sockets
 from extbridge.spec import skel
 from extbridge.spec.errors import CniError, PluginNotAvailable, TryAgainLater
@@ -61,7 +61,8 @@ class Phase(Enum):
 class Services:
     """What the agent serves with; all but `reload` and `observe` block and are called in threads.
 
-    `observe` is told, by the request's thread, what a runtime was answered. `replay_spool` and
+    `observe` is told, by the request's thread, what a runtime was answered. `page` is what the
+    metrics' socket has at a path, None where there is nothing but metrics. `replay_spool` and
     `repair` are given what says whether to leave the rest to the next agent.
     """
 
@@ -72,6 +73,7 @@ class Services:
     replay_spool: Callable[[Callable[[], bool]], int]
     repair: Callable[[Callable[[], bool]], Mapping[str, int]]
     reload: Callable[[], None]
+    page: Callable[[str], Page | None]
     spool: Path
     observe: Callable[[wire.Request, skel.Answer], None] | None = None
 
@@ -138,9 +140,14 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             begin = partial(self._begin, tasks)
             go_on = partial(loop.call_soon_threadsafe, begin)
+            served: list[tuple[socket.socket, Callable[[str], Page]]] = [
+                (self._sockets.metrics, self._page)
+            ]
+            if self._sockets.scraped is not None:
+                served.append((self._sockets.scraped, self._metrics_page))
             background = [
-                tasks.create_task(accept_scrapers(listening, self._serve_metrics, begin))
-                for listening in self._sockets.metrics
+                tasks.create_task(accept_scrapers(listening, partial(self._scraped, page), begin))
+                for listening, page in served
             ]
             background.append(tasks.create_task(self._watch_spool(stop)))
             self._phase = Phase.SERVING
@@ -200,9 +207,15 @@ class Agent:
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 
-    async def _serve_metrics(self, peer: socket.socket) -> None:
+    async def _scraped(self, page: Callable[[str], Page], peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
-            await serve_scraper(peer, self._metrics.render, self._chores)
+            await serve_scraper(peer, page, self._chores)
+
+    def _page(self, path: str) -> Page:
+        return self._services.page(path) or self._metrics_page(path)
+
+    def _metrics_page(self, _: str) -> Page:
+        return Page(CONTENT_TYPE, self._metrics.render())
 
     def _serve_cni(self, peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
@@ -254,6 +267,9 @@ class Agent:
         verb = asked if asked in list(Verb) else "other"
         self._metrics.requests.labels(verb, str(answer.code)).inc()
         self._metrics.duration.labels(verb).observe(seconds)
+        if verb == Verb.ADD:
+            outcome = "failed" if answer.code else "done"
+            self._metrics.last_add.labels(outcome).set_to_current_time()
         about = {
             "container": request.environ.get("CNI_CONTAINERID", ""),
             "ifname": request.environ.get("CNI_IFNAME", ""),

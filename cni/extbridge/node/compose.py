@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from extbridge.handoff import free_taps
+from extbridge.inventory import list_attachments, list_defined, show_attachments
 from extbridge.kernel.checksums import loaded_program
 from extbridge.ledger import Ledger
 from extbridge.network.wanted import FindPod
@@ -24,6 +25,7 @@ from extbridge.node.definitions import read_networks, report_networks
 from extbridge.node.install import install_launcher
 from extbridge.node.metrics import Metrics
 from extbridge.node.observed import Observer
+from extbridge.node.scrape import Page
 from extbridge.plugin import Node, verbs
 from extbridge.reservations import Reservations
 from extbridge.spec import skel
@@ -92,6 +94,7 @@ def run_agent(
         replay_spool=partial(reconcile.replay_spool, spool, served, ledger),
         repair=partial(reconcile.repair, ledger, host_process),
         reload=partial(report_networks, networks_dir),
+        page=partial(_page, ledger, networks_dir),
         spool=spool,
         observe=joined.observe if joined is not None else None,
     )
@@ -107,6 +110,20 @@ def run_agent(
             made.append(joined)
         agent = Agent(services, listening, metrics, made)
         asyncio.run(agent.run(sockets.notify))
+
+
+def _page(ledger: Ledger, networks_dir: str, path: str) -> Page | None:
+    """What the command line asks for (inventory), as JSON."""
+    match path.split("/", 2)[1:]:
+        case ["attachments"]:
+            told = list_attachments(ledger)
+        case ["attachments", key]:
+            told = show_attachments(ledger, key)
+        case ["networks"]:
+            told = list_defined(ledger, networks_dir)
+        case _:
+            return None
+    return Page("application/json", json.dumps(told).encode())
 
 
 def _log_to_stderr(*, as_json: bool) -> None:

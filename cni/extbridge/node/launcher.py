@@ -116,19 +116,36 @@ def _fill(found: re.Match[str], values: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _qemu_options(number: int, tap: Tap, model: str) -> list[str]:
-    name = f"extbridge{number}"
-    plural = "s" if len(tap.fds) > 1 else ""
-    values = _values(tap)
-    netdev = f"tap,id={name},fd{plural}={values['fds']}"
-    if tap.vhost_fds:
-        netdev += f",vhost=on,vhostfd{plural}={values['vhostfds']}"
-    device = f"{model},netdev={name},mac={tap.mac}"
+def qemu_nic(
+    tap: Tap, name: str, model: str, fds: Sequence[object], vhost_fds: Sequence[object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The arguments of QEMU's `-netdev` and `-device` for the tap; `name` is the netdev's ID.
+
+    The fds are as QEMU knows them: by number on its command line, by name over QMP.
+    """
+    plural = "s" if len(fds) > 1 else ""
+    netdev: dict[str, object] = {"type": "tap", "id": name}
+    netdev[f"fd{plural}"] = ":".join(map(str, fds))
+    if vhost_fds:
+        netdev |= {"vhost": True, f"vhostfd{plural}": ":".join(map(str, vhost_fds))}
+    device: dict[str, object] = {"driver": model, "netdev": name, "mac": tap.mac}
     if model.startswith("virtio-net"):
-        device += f",host_mtu={tap.mtu}"
+        device["host_mtu"] = tap.mtu
         if plural:
-            device += ",mq=on"
+            device["mq"] = True
             if "-pci" in model:
                 # One vector a direction of each queue, one for configuration, one for control.
-                device += f",vectors={2 * len(tap.fds) + 2}"
-    return ["-netdev", netdev, "-device", device]
+                device["vectors"] = 2 * len(fds) + 2
+    return netdev, device
+
+
+def _qemu_options(number: int, tap: Tap, model: str) -> list[str]:
+    netdev, device = qemu_nic(tap, f"extbridge{number}", model, tap.fds, tap.vhost_fds)
+    return ["-netdev", _option(netdev), "-device", _option(device)]
+
+
+def _option(arguments: dict[str, object]) -> str:
+    """As one argument of the command line, where the first value stands without its key."""
+    first, *others = arguments.items()
+    told = (f"{key}={'on' if value is True else value}" for key, value in others)
+    return ",".join((str(first[1]), *told))

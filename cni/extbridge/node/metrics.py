@@ -119,6 +119,12 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self._registry,
         )
+        self.last_add = Gauge(
+            "extbridge_last_add_timestamp_seconds",
+            "When an ADD was last answered, by its outcome: done or failed.",
+            ("outcome",),
+            registry=self._registry,
+        )
         self.hand_offs = Counter(
             "extbridge_handoffs", "Taps handed to launchers.", registry=self._registry
         )

@@ -1,4 +1,4 @@
-"""The metrics' sockets: HTTP as far as a scraper needs it, whatever it asks for."""
+"""The metrics' sockets: HTTP as far as a scraper and the command line need it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import logging
 import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote
 
 from extbridge.node import wire
-from extbridge.node.metrics import CONTENT_TYPE
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,14 @@ _OUT_OF_FDS_SECONDS: Final = 0.05
 
 _AT_ONCE: Final = 8
 """Connections of one socket that are served at once; others wait in its queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is sent to who asks for a path."""
+
+    content_type: str
+    body: bytes
 
 
 async def accept_scrapers(
@@ -52,9 +61,9 @@ async def accept_scrapers(
 
 
 async def serve_scraper(
-    connection: socket.socket, render: Callable[[], bytes], threads: Executor
+    connection: socket.socket, page: Callable[[str], Page], threads: Executor
 ) -> None:
-    """Answer one request; `render` is called in a thread. Raises TimeoutError, OSError."""
+    """Answer one request; `page` is called in a thread. Raises TimeoutError, OSError."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(wire.REQUEST_SECONDS):
         asked = b""
@@ -63,7 +72,10 @@ async def serve_scraper(
             if not more:
                 return
             asked += more
-    body = await loop.run_in_executor(threads, render)
-    head = f"HTTP/1.0 200 OK\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}"
+    # GET, the path, HTTP/1.1
+    path = asked.partition(b" ")[2].partition(b" ")[0].decode(errors="replace")
+    told = await loop.run_in_executor(threads, page, unquote(path))
+    head = f"HTTP/1.0 200 OK\r\nContent-Type: {told.content_type}\r\n"
+    head += f"Content-Length: {len(told.body)}\r\n\r\n"
     async with asyncio.timeout(wire.ANSWER_SECONDS):
-        await loop.sock_sendall(connection, head.encode() + b"\r\n\r\n" + body)
+        await loop.sock_sendall(connection, head.encode() + told.body)

@@ -33,11 +33,12 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Listening and non-blocking; for metrics that of the run folder, and one of TCP if asked."""
+    """Listening and non-blocking; `scraped` is TCP's, for metrics and nothing else."""
 
     cni: socket.socket
     taps: socket.socket
-    metrics: tuple[socket.socket, ...]
+    metrics: socket.socket
+    scraped: socket.socket | None = None
 
 
 @contextmanager
@@ -63,10 +64,8 @@ def listening(run: Path, metrics: Address | None = None) -> Iterator[Sockets]:
         yield Sockets(
             _listen(run / CNI_SOCKET, 0o600, inherited, closing),
             _listen(run / TAP_SOCKET, 0o666, inherited, closing),
-            (
-                _listen(run / METRICS_SOCKET, 0o600, inherited, closing),
-                *(() if metrics is None else (_listen_on(metrics, closing),)),
-            ),
+            _listen(run / METRICS_SOCKET, 0o600, inherited, closing),
+            None if metrics is None else _listen_on(metrics, closing),
         )
 
 

@@ -247,3 +247,13 @@ class IpamFailure(CniError):
         "The words are the IPAM plugin's: addresses that are used up, a daemon that does not run, "
         "a configuration that it does not like. Its own documentation knows more."
     )
+
+
+class QemuRefused(CniError):
+    """Hot-plug: QEMU, or the guest in it, did not do what it was asked."""
+
+    code = 110
+    remedy = (
+        "The words are QEMU's: mostly, no root port is free for one more device. Or a guest does "
+        "not let go of a NIC that it uses: end that in the guest, then detach."
+    )

@@ -1,0 +1,337 @@
+"""A pod's manifest made into calls of the CRI, as a kubelet makes them.
+
+What runs is what was rendered: a field that is not understood here fails the test, which would else
+run another container than nodes do.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tests.e2e.cri import Containerd, Executed, Pod, until
+from tests.manifests import Manifest, write_config_map
+
+NODE: Final = "node-1"
+
+# Said to the scheduler and the API server, not to the node.
+_NOT_THE_NODES: Final = ("nodeSelector", "tolerations", "priorityClassName")
+
+# NamespaceMode and SecurityProfile.ProfileType of the CRI.
+_OF_POD, _OF_CONTAINER, _OF_NODE = 0, 1, 2
+_RUNTIME_DEFAULT, _UNCONFINED = 0, 1
+
+_UNITS: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+
+_TOKEN: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a folder
+_API_SERVER: Final = "192.0.2.1"
+
+
+class PodFailure(Exception):
+    """The pod does not come up; the message is what its container said."""
+
+
+@dataclass(slots=True)
+class Container:
+    """A container of a running pod; `config` is what it was asked for with."""
+
+    id: str
+    config: Mapping[str, object]
+    probes: Mapping[str, Manifest]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPod:
+    """A pod with its containers, by their names, and the seconds they are given to end."""
+
+    pod: Pod
+    containers: dict[str, Container]
+    grace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kubelet:
+    """What runs pods on containerd's node; volumes are made in `folder`, of these ConfigMaps."""
+
+    cri: Containerd
+    folder: Path
+    config_maps: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def run(self, manifest: Manifest) -> RunningPod:
+        """Run the pod until it is ready; raises PodFailure, CriFailure."""
+        name = manifest["metadata"]["name"]
+        with _all_of(manifest["spec"], f"spec of {name}") as left:
+            for other in _NOT_THE_NODES:
+                left.pop(other, None)
+            mounts = {it["name"]: self._volume(it) for it in left.pop("volumes", [])}
+            has_account = left.pop("serviceAccountName", "")
+            if left.pop("automountServiceAccountToken", bool(has_account)):
+                mounts[_TOKEN] = self._token(manifest)
+            namespaces = {
+                "network": _OF_NODE if left.pop("hostNetwork", False) else _OF_POD,
+                "pid": _OF_NODE if left.pop("hostPID", False) else _OF_CONTAINER,
+            }
+            security = left.pop("securityContext", {})
+            grace = left.pop("terminationGracePeriodSeconds", 30)
+            inits = [
+                _container(it, security, namespaces, mounts, name)
+                for it in left.pop("initContainers", [])
+            ]
+            others = [
+                _container(it, security, namespaces, mounts, name) for it in left.pop("containers")
+            ]
+        pod = self.cri.run_pod(name, self._sandbox(manifest, namespaces, [*inits, *others]))
+        running = RunningPod(pod, {}, grace)
+        try:
+            for container in inits:
+                self._start(running, container)
+                self._expect_success(running, container)
+            for container in others:
+                running.containers[_name(container)] = container
+                self._start(running, container)
+        except BaseException:
+            self.cri.remove_pod(pod)
+            raise
+        return running
+
+    def restart(self, running: RunningPod, name: str) -> None:
+        """Start the container anew as soon as it has ended."""
+        container = running.containers[name]
+        self._wait_end(container)
+        self.cri.call("RemoveContainer", container_id=container.id)
+        self._start(running, container)
+
+    def remove(self, running: RunningPod) -> None:
+        """End its containers, with the time that they are given for it, and the pod."""
+        for container in running.containers.values():
+            self.cri.call("StopContainer", container_id=container.id, timeout=running.grace)
+        self.cri.remove_pod(running.pod)
+
+    def probe(self, container: Container, kind: str) -> Executed:
+        """What the probe of this kind comes to."""
+        with _all_of(container.probes[kind], kind) as left:
+            with _all_of(left.pop("exec"), kind) as how:
+                command = how.pop("command")
+            seconds = left.pop("timeoutSeconds", 1)
+            for timing in ("periodSeconds", "failureThreshold"):
+                left.pop(timing, None)
+        return self.cri.execute(container.id, *command, seconds=seconds)
+
+    def log(self, pod: str, container: str) -> str:
+        """All that the container has said."""
+        return (self.cri.logs / f"{pod}-{container}.log").read_text()
+
+    def _start(self, running: RunningPod, container: Container) -> None:
+        container.id = self.cri.run_container(running.pod, container.config)
+        for kind in container.probes:
+            until(lambda kind=kind: self.probe(container, kind).status == 0)  # type: ignore[misc]
+
+    def _wait_end(self, container: Container) -> int:
+        """With what it has ended, as soon as it has."""
+        (ended,) = until(lambda: _some(self.cri.exit_code(container.id)))
+        return ended
+
+    def _expect_success(self, running: RunningPod, container: Container) -> None:
+        if (ended := self._wait_end(container)) != 0:
+            raise PodFailure(f"exit {ended}: {self.log(running.pod.name, _name(container))}")
+
+    def _sandbox(
+        self, manifest: Manifest, namespaces: Mapping[str, int], containers: list[Container]
+    ) -> Mapping[str, object]:
+        metadata = manifest["metadata"]
+        return {
+            "metadata": {
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "uid": secrets.token_hex(8),
+            },
+            # With the node's network it has the node's name (generatePodSandboxConfig).
+            "hostname": "" if namespaces["network"] == _OF_NODE else metadata["name"],
+            "log_directory": str(self.cri.logs),
+            # Else it would be the machine's resolv.conf, which may be a link into its /run.
+            "dns_config": {"servers": ["192.0.2.53"]},
+            "annotations": _pairs(metadata.get("annotations", {})),
+            "linux": {
+                "cgroup_parent": self.cri.cgroup,
+                "security_context": {
+                    "namespace_options": namespaces,
+                    "privileged": any(_is_privileged(it) for it in containers),
+                },
+            },
+        }
+
+    def _volume(self, volume: Manifest) -> Path:
+        """Where the node has what is to be mounted."""
+        with _all_of(volume, "volume") as left:
+            name = left.pop("name")
+            if "hostPath" in left:
+                with _all_of(left.pop("hostPath"), name) as host:
+                    return self._host_path(host.pop("path"), host.pop("type"))
+            made = self.folder / secrets.token_hex(4)
+            made.mkdir(parents=True)
+            if "configMap" in left:
+                with _all_of(left.pop("configMap"), name) as chosen:
+                    write_config_map(made, self.config_maps[chosen.pop("name")])
+            else:
+                assert left.pop("emptyDir") == {}
+                made.chmod(0o777)
+            return made
+
+    def _host_path(self, path: str, kind: str) -> Path:
+        seen = self.cri.root / path.lstrip("/")
+        if kind == "DirectoryOrCreate":
+            seen.mkdir(parents=True, exist_ok=True)
+        else:
+            assert kind == "Directory"
+        if not seen.is_dir():
+            raise PodFailure(f"hostPath {path} is no folder")
+        return Path(path)
+
+    def _token(self, manifest: Manifest) -> Path:
+        made = self.folder / secrets.token_hex(4)
+        authority = Path("/etc/ssl/certs/ca-certificates.crt").read_text(encoding="utf-8")
+        files = {"token": "none", "ca.crt": authority}
+        write_config_map(made, {**files, "namespace": manifest["metadata"]["namespace"]})
+        return made
+
+
+def pod_of(daemon_set: Manifest) -> Manifest:
+    """The pod that a DaemonSet has on this node."""
+    template, owner = daemon_set["spec"]["template"], daemon_set["metadata"]
+    metadata = {
+        **template["metadata"],
+        "name": f"{owner['name']}-{secrets.token_hex(3)}",
+        "namespace": owner["namespace"],
+    }
+    return {"metadata": metadata, "spec": template["spec"]}
+
+
+def _container(
+    spec: Manifest,
+    pods_security: Manifest,
+    namespaces: Mapping[str, int],
+    volumes: Mapping[str, Path],
+    pod: str,
+) -> Container:
+    """What the CRI is asked for, but not yet made."""
+    with _all_of(spec, f"container {spec['name']}") as left:
+        probes: dict[str, Manifest] = {
+            kind: left.pop(kind)
+            for kind in ("startupProbe", "readinessProbe", "livenessProbe")
+            if kind in left
+        }
+        mounts = [_mount(it, volumes) for it in left.pop("volumeMounts", [])]
+        if _TOKEN in volumes:
+            mounts.append(_from(_TOKEN, volumes[_TOKEN], is_readonly=True))
+        environment = dict(_variable(it) for it in left.pop("env", []))
+        environment |= {"KUBERNETES_SERVICE_HOST": _API_SERVER, "KUBERNETES_SERVICE_PORT": "443"}
+        name = left.pop("name")
+        config = {
+            "metadata": {"name": name},
+            "image": {"image": left.pop("image")},
+            "command": left.pop("command", []),
+            "args": left.pop("args", []),
+            "envs": _pairs(environment),
+            "mounts": mounts,
+            "log_path": f"{pod}-{name}.log",
+            "linux": {
+                "resources": _resources(left.pop("resources", {})),
+                "security_context": {
+                    "namespace_options": namespaces,
+                    **_security({**pods_security, **left.pop("securityContext", {})}),
+                },
+            },
+        }
+    return Container("", config, probes)
+
+
+def _security(context: Manifest) -> dict[str, object]:
+    with _all_of(context, "securityContext") as left:
+        said: dict[str, object] = {
+            "privileged": left.pop("privileged", False),
+            "readonly_rootfs": left.pop("readOnlyRootFilesystem", False),
+            "no_new_privs": not left.pop("allowPrivilegeEscalation", True),
+            "seccomp": {"profile_type": _UNCONFINED},
+        }
+        with _all_of(left.pop("capabilities", {}), "capabilities") as capabilities:
+            said["capabilities"] = {
+                "add_capabilities": capabilities.pop("add", []),
+                "drop_capabilities": capabilities.pop("drop", []),
+            }
+        with _all_of(left.pop("seLinuxOptions", {}), "seLinuxOptions") as options:
+            if options:
+                said["selinux_options"] = {"type": options.pop("type")}
+        if "seccompProfile" in left:
+            assert left.pop("seccompProfile") == {"type": "RuntimeDefault"}
+            said["seccomp"] = {"profile_type": _RUNTIME_DEFAULT}
+        if "runAsUser" in left:
+            said["run_as_user"] = {"value": left.pop("runAsUser")}
+        if "runAsGroup" in left:
+            said["run_as_group"] = {"value": left.pop("runAsGroup")}
+        if left.pop("runAsNonRoot", False):
+            assert said["run_as_user"] != {"value": 0}
+    return said
+
+
+def _resources(resources: Manifest) -> dict[str, int]:
+    with _all_of(resources, "resources") as left:
+        with _all_of(left.pop("requests", {}), "requests") as asked:
+            # What the scheduler keeps free.
+            asked.pop("memory", None)
+            cpu = asked.pop("cpu", "0")
+        with _all_of(left.pop("limits", {}), "limits") as limits:
+            memory = limits.pop("memory", "0Mi")
+    thousandths = int(cpu[:-1]) if cpu.endswith("m") else int(cpu) * 1000
+    return {
+        "cpu_shares": max(2, thousandths * 1024 // 1000),
+        "memory_limit_in_bytes": int(memory[:-2]) * _UNITS[memory[-2:]],
+    }
+
+
+def _mount(mount: Manifest, volumes: Mapping[str, Path]) -> dict[str, object]:
+    with _all_of(mount, "volumeMount") as left:
+        source = volumes[left.pop("name")]
+        return _from(left.pop("mountPath"), source, is_readonly=left.pop("readOnly", False))
+
+
+def _from(path: str, source: Path, *, is_readonly: bool) -> dict[str, object]:
+    return {"container_path": path, "host_path": str(source), "readonly": is_readonly}
+
+
+def _variable(variable: Manifest) -> tuple[str, str]:
+    with _all_of(variable, "env") as left:
+        name = left.pop("name")
+        if "value" in left:
+            return name, left.pop("value")
+        assert left.pop("valueFrom") == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+        return name, NODE
+
+
+@contextmanager
+def _all_of(obj: Manifest, what: str) -> Iterator[Manifest]:
+    """The object to be taken apart; when the block ends nothing must be left of it."""
+    left = dict(obj)
+    yield left
+    assert not left, f"{what}: the test does not know what to do with {', '.join(left)}"
+
+
+def _is_privileged(container: Container) -> bool:
+    linux: Any = container.config["linux"]
+    return bool(linux["security_context"]["privileged"])
+
+
+def _name(container: Container) -> str:
+    metadata: Any = container.config["metadata"]
+    return str(metadata["name"])
+
+
+def _some(code: int | None) -> tuple[int] | None:
+    return None if code is None else (code,)
+
+
+def _pairs(mapping: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in mapping.items()]
