@@ -49,7 +49,7 @@ from extbridge.spec.errors import (
     NicBusy,
     OutOfReach,
 )
-from extbridge.spec.request import find_name_fault
+from extbridge.spec.request import Steps, find_name_fault
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def attach(
     held: Held,
     host: Netlink,
     pod: Pod,
+    steps: Steps,
     host_process: int | None = None,
 ) -> Entry:
     """Make the attachment that `draft` describes, on the first of `lowers` that takes it.
@@ -147,21 +148,25 @@ def attach(
                 raise
             draft = replace(draft, addressing=addressing)
             intend(draft)
+            steps.mark("ipam")
         lower = _made(draft, lowers, ledger=ledger, intend=intend, host=host, netns=pod.netns)
         if entry.mode == Mode.PASSTHRU:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
             # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
+        steps.mark("link")
         guard = _guard(entry)
         with _needing(_HOOKS if guard is not None else ""):
             with inside(pod.netns):
                 silence(entry.ifindex, entry.ifname, guard)
             if guard is not None:
                 hold_checksums(pod.route, entry.ifindex)
+        steps.mark("rules")
         if entry.bandwidth is not None:
             mac = None if guard is None else guard.mac
             with _needing(_BUCKETS):
                 shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
+            steps.mark("shaping")
         if entry.handoff == Handoff.DEVICE:
             give_node(entry.ifindex, uid=_QEMU, gid=_QEMU)
         try:
@@ -172,6 +177,7 @@ def attach(
             raise
         entry = held.finish(entry)
         undo.pop_all()
+        steps.mark("up")
         return entry
 
 
