@@ -92,6 +92,31 @@ def opened_pod(netns: int) -> Iterator[Pod]:
         yield Pod(netns, route)
 
 
+@contextmanager
+def opened_namespace(entry: Entry) -> Iterator[int | None]:
+    """An fd of the namespace in which the link was made; None where it cannot be reached.
+
+    An agent's container does not have the host's folder of namespaces, but it may see the host's
+    first process, and the one that holds the tap.
+    """
+    paths = [entry.netns, f"/proc/1/root{entry.netns}"]
+    if entry.holder is not None:
+        paths.append(f"/proc/{entry.holder.pid}/ns/net")
+    for path in paths:
+        with ExitStack() as closing:
+            try:
+                netns = closing.enter_context(opened_netns(path))
+            except OSError as error:
+                # Of a process that has just ended, or that is none of ours to look at.
+                if error.errno not in (errno.ESRCH, errno.EACCES, errno.EPERM):
+                    raise
+                continue
+            if netns is not None and netns_inode(netns) == entry.netns_inode:
+                yield netns
+                return
+    yield None
+
+
 def alias_of(container_id: str, cni_ifname: str) -> str:
     """What the link itself says of whose it is, so that DEL finds it without the ledger."""
     return f"{_ALIAS}:{container_id}:{cni_ifname}"
@@ -225,8 +250,8 @@ def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None
 
     Raises OutOfReach if that cannot be reached at its path, and has not ended either.
     """
-    with opened_netns(entry.netns) as netns:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
+    with opened_namespace(entry) as netns:
+        if netns is None:
             if not _ends(entry):
                 raise OutOfReach(
                     f"{entry.ifname} of {entry.container_id} is there, but its namespace is not at"

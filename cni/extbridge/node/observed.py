@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from extbridge.attachment import opened_namespace
 from extbridge.kernel.antispoof import spoof_drops
 from extbridge.kernel.links import find_link
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import inside, netns_inode, opened_netns
+from extbridge.kernel.netns import inside
 from extbridge.ledger import Entry, Ledger
 from extbridge.network.definition import Antispoof
 
@@ -112,18 +112,10 @@ def _carriers(ifindexes: set[int]) -> set[int]:
 
 
 def _spoofs(entry: Entry) -> int | None:
-    for path in _paths(entry):
-        # A pod that is just ending, or a namespace that is another's by now.
-        with suppress(OSError), opened_netns(path) as netns:
-            if netns is not None and netns_inode(netns) == entry.netns_inode:
-                with inside(netns):
-                    drops = spoof_drops(entry.ifindex)
-                return sum(number for reason, number in drops.items() if reason != _RECEIVED)
+    # A pod that is just ending.
+    with suppress(OSError), opened_namespace(entry) as netns:
+        if netns is not None:
+            with inside(netns):
+                drops = spoof_drops(entry.ifindex)
+            return sum(number for reason, number in drops.items() if reason != _RECEIVED)
     return None
-
-
-def _paths(entry: Entry) -> Iterator[str]:
-    """Where the pod's namespace may be found; an agent's container does not see the first."""
-    yield entry.netns
-    if entry.holder is not None:
-        yield f"/proc/{entry.holder.pid}/ns/net"
