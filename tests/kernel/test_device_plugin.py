@@ -281,6 +281,28 @@ def test_agent_restarts(
     assert leftovers(pod, agent.run_dir) == []
 
 
+def test_devices_are_the_nodes_whatever_the_host_is_called(
+    kubelet: Kubelet, agent: Agent, shim: Cni, pod: str
+) -> None:
+    """Devices follow the node's name in the cluster, which a host that is renamed keeps."""
+    options = agent.options
+
+    def restart(node: str, host: str) -> list[str]:
+        agent.stop()
+        kubelet.sees("blue", healthy=0, unhealthy=DEVICES)
+        agent.options = (*options, "--node-name", node)
+        agent.wrapper = ("unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh")
+        agent.start()
+        return kubelet.sees("blue", healthy=DEVICES)
+
+    hosts = kubelet.sees("blue", healthy=DEVICES)
+    devices = restart("node-1", "before.example")
+    assert shim("ADD", asked("blue", devices[0]), NETNS=pod).status == 0
+    assert shim("DEL", asked("blue", devices[0]), NETNS=pod).status == 0
+    assert restart("node-1", "after.example") == devices
+    assert not {*restart("node-2", "after.example"), *hosts} & {*devices}
+
+
 def test_agent_leaves_kubelets_folder_as_it_was(kubelet: Kubelet, agent: Agent) -> None:
     """An agent that ends takes its sockets with it."""
     kubelet.sees("blue", healthy=DEVICES)
