@@ -439,7 +439,7 @@ def _device_taken(draft: Entry, ledger: Ledger) -> InvalidNetworkConfig:
     holders = [it for it in ledger.entries() if it.ifindex == draft.ifindex]
     holder = f"{holders[0].ifname} of {holders[0].container_id}" if holders else "another macvtap"
     return InvalidNetworkConfig(
-        f"runtimeConfig.deviceID is {draft.ifindex}, which {holder} has",
+        f"deviceID is {draft.ifindex}, which {holder} has",
         "a device is one pod's; the runtime has to ask the device plugin for another",
     )
 

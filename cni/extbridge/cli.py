@@ -330,7 +330,8 @@ def convert(files: tuple[BinaryIO, ...]) -> None:
     "--node-name",
     envvar="NODE_NAME",
     metavar="NAME",
-    help="The node's name in the cluster; needed with either.",
+    help="The node's name in the cluster; needed with either. Devices are numbered by it, or"
+    " else by the host's.",
 )
 @click.option(
     "--orphans-after",
@@ -365,7 +366,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         from extbridge.kube.device_plugin import DevicePlugins
         from extbridge.reservations import Reservations
 
-        reservations = Reservations(os.uname().nodename)
+        reservations = Reservations(node_name or os.uname().nodename)
         companions.append(
             partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
         )
