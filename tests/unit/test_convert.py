@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extbridge.network.conversion import Form
 from extbridge.network.convert import convert
 from extbridge.network.definition import Handoff, Mode, Network, NicSelector
 from extbridge.network.store import load_network
@@ -75,7 +76,7 @@ def resources(*given: dict[str, object]) -> str:
 def converted(*documents: str) -> tuple[list[dict[str, Any]], list[str]]:
     """What the documents become, read by another than our own YAML reader; and what is left out."""
     found = convert({f"file{n}": it.encode() for n, it in enumerate(documents)})
-    return list(yaml.safe_load_all(found.to_yaml())), found.left_out
+    return list(yaml.safe_load_all(found.write(Form.YAML))), found.left_out
 
 
 def test_networks_and_attachments() -> None:
