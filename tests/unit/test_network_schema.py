@@ -38,10 +38,10 @@ def is_valid(definition: object) -> bool:
     return VALIDATOR.is_valid(definition)
 
 
-def is_parsed(definition: dict[str, Any], name: str | None = "vepanet") -> bool:
-    """Whether the parser takes it, as in a file that is called so."""
+def is_parsed(definition: dict[str, Any], name: str = "vepanet") -> bool:
+    """Whether the parser takes it, in a file that is called name if it says nothing else."""
     try:
-        parse_network({"name": name, **definition})
+        parse_network(definition, name=definition.get("name") or name)
     except InvalidNetworkConfig:
         return False
     return True
@@ -77,7 +77,7 @@ def _properties(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _examples() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each definition in README, the pages of docs/ and the manifests."""
     for page in (TOP / "README.md", *TOP.glob("docs/*.md")):
-        for language, text in re.findall(r"```(json|yaml|xml)\n(.*?)```", page.read_text(), re.S):
+        for language, text in re.findall(r"(?s)```(json|xml)\n(.*?)```", page.read_text()):
             if language == "xml" and "<network>" in text:
                 yield page.name, dict(object_from_xml(text))
             elif language == "json":
@@ -134,7 +134,7 @@ def test_examples_are_accepted() -> None:
         {"mtu": 67},
         {"mtu": 65536},
         {"mtu": "1500"},
-        {"mtu": 10**5000},
+        {"mtu": 10**30},
         {"queues": 0},
         {"queues": 257},
         {"queues": True},

@@ -82,7 +82,6 @@ def _convert_attachment(
         macvtap_cni.convert_attachment(found.value, theirs, found.where, resources, converted)
     elif macvlan.TYPE in types:
         metadata = get_object(found.value, "metadata") or {}
-        get_object(metadata, "annotations", where="metadata")
         with naming("spec.config"):
             macvlan.convert_macvlan(theirs, found.where, metadata, converted)
     else:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from extbridge.network.conversion import CAPABILITIES, Configuration, Conversion, split_plugins
+from extbridge.network.conversion import (
+    CAPABILITIES,
+    RESOURCE_ANNOTATION,
+    Configuration,
+    Conversion,
+    split_plugins,
+)
 from extbridge.network.definition import Mode, parse_network
 from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.fields import (
@@ -72,6 +78,11 @@ def convert_macvlan(
     if converted.networks.get(network.name, network) != network and namespace:
         # Attachment definitions of two namespaces may share a name; networks are the node's.
         network = parse_network({**definition, "name": f"{network.name}-{namespace}"})
+    annotations = get_object(metadata or {}, "annotations", where="metadata") or {}
+    if annotations.get(RESOURCE_ANNOTATION):
+        converted.left_out.append(
+            f"{where}: {RESOURCE_ANNOTATION}: macvlan takes no device of a plugin's"
+        )
     converted.add(network)
     converted.configurations.append(
         Configuration(

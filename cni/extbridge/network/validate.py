@@ -170,7 +170,7 @@ def find_faults(file: str, data: bytes) -> list[Fault]:
     if not known:
         nothing = InvalidNetworkConfig("there is nothing of extbridge in it", _UNDERSTOOD)
         return [text.fault(nothing)]
-    return sorted(faults, key=lambda it: it.place or (0, 0))
+    return sorted(dict.fromkeys(faults), key=lambda it: it.place or (0, 0))
 
 
 def _read(text: _Text, suffix: str) -> Iterator[_Value]:
@@ -230,14 +230,13 @@ def _check_object(found: _Value, file: Path, data: bytes) -> list[Fault] | None:
         return None
     if "type" in value or "plugins" in value:
         return _check_configuration(found, None)
-    faults = _check_definition(found, file.stem if file.suffix in READERS else "")
     if file.suffix in READERS:
         try:
             read_definition(data, file.suffix)
         except InvalidNetworkConfig as failure:
             # Of the file as a whole: more than one document, or too large.
-            faults.append(found.text.fault(failure))
-    return faults
+            return [found.text.fault(failure)]
+    return _check_definition(found, file.stem if file.suffix in READERS else "")
 
 
 def _check_definition(found: _Value, stem: str) -> list[Fault]:
@@ -340,7 +339,10 @@ def _check_plugin(config: JsonObject, *, is_chained: bool) -> None:
     """Raise for what ADD would refuse of config, whatever pod and node there are."""
     refuse_unknown_keys(config)
     check_version("ADD", get_str(config, "cniVersion") or IMPLIED)
-    parse_network_name(get_str(config, "name") or "", field="name")
+    name = get_str(config, "name")
+    if not name:
+        raise InvalidNetworkConfig("name is missing", "a network configuration needs a name")
+    parse_network_name(name, field="name")
     definition = inline_definition(config)
     network = get_str(config, "network")
     capabilities = get_object(config, "capabilities") or {}
