@@ -261,22 +261,73 @@ def uninstall(bin_dir: Path, conf_dir: Path | None) -> None:
         click.echo(f"extbridge: {path} is not extbridge's, and was left", err=True)
 
 
-@cli.command()
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.File("rb"))
-def convert(files: tuple[BinaryIO, ...]) -> None:
-    """Print, as YAML, the networks that macvtap-cni has in FILEs (- for standard input).
+_files = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.File("rb"))
 
-    These are its ConfigMap and NetworkAttachmentDefinitions, as kubectl prints or takes them. What
-    cannot be carried over is said on standard error, and the exit status is 3 then.
-    """
+
+@cli.command()
+@_files
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["yaml", "nad", "json"]),
+    default="yaml",
+    show_default=True,
+    help="yaml: definitions, in the ConfigMap of deploy/, and the attachment definitions that there"
+    " were, for them; nad: a NetworkAttachmentDefinition for each network, which is all in it;"
+    " json: the CNI configuration of one network.",
+)
+def convert(files: tuple[BinaryIO, ...], form: str) -> None:
+    """Print the networks that other programs have in FILEs (- for standard input), as extbridge's.
+
+    \b
+    Each FILE may be
+      libvirt's network XML, <extbridge> or <forward><interface>;
+      a CNI configuration of the plugin macvlan, or a list with it;
+      NetworkAttachmentDefinitions of macvlan or macvtap-cni, the latter's
+      ConfigMap, as kubectl prints or takes them;
+      a definition of extbridge's own, in XML, YAML or JSON.
+    What cannot be carried over is said on standard error, and the exit status is 3 then.
+    """  # noqa: D301 - click's mark, as above
+    from extbridge.network.conversion import Form
     from extbridge.network.convert import convert as convert_texts
 
     converted = convert_texts({file.name: file.read() for file in files})
-    click.echo(converted.to_yaml(), nl=False)
+    click.echo(converted.write(Form(form)), nl=False)
     for sentence in converted.left_out:
         click.echo(f"left out: {sentence}", err=True)
     if converted.left_out:
         sys.exit(3)
+
+
+@cli.command()
+@_files
+def validate(files: tuple[BinaryIO, ...]) -> None:
+    """Say whether FILEs (- for standard input) are what the plugin takes, or each fault's place.
+
+    These are definitions of networks (XML, YAML, JSON), CNI configurations and lists with
+    extbridge, NetworkAttachmentDefinitions with it, and the ConfigMap extbridge-networks. Nothing
+    of the node is looked at; `extbridge networks` and `extbridge doctor` do that. The exit status
+    is 1 with any fault.
+    """
+    from extbridge.network.validate import find_faults
+
+    status = 0
+    for file in files:
+        faults = find_faults(file.name, file.read())
+        for fault in faults:
+            click.echo(fault)
+            status = 1
+        if not faults:
+            click.echo(f"{file.name}: ok")
+    sys.exit(status)
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of a network's definition, for editors to complete it by."""
+    from extbridge.network.schema import schema_text
+
+    click.echo(schema_text(), nl=False)
 
 
 @cli.command()

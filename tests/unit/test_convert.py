@@ -1,19 +1,22 @@
-"""Networks of macvtap-cni, carried over; with what cannot be."""
+"""Networks of libvirt, macvlan and macvtap-cni, carried over; with what cannot be."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extbridge.network.conversion import Form
 from extbridge.network.convert import convert
-from extbridge.network.definition import Handoff, Mode, Network, NicSelector
+from extbridge.network.definition import Handoff, Mode, Network, NicSelector, parse_network
+from extbridge.network.spelling_xml import object_from_xml
+from extbridge.network.spelling_yaml import object_from_yaml
 from extbridge.network.store import load_network
 from extbridge.network.wanted import wanted_nics
 from extbridge.reservations import DEVICES
@@ -76,7 +79,7 @@ def resources(*given: dict[str, object]) -> str:
 def converted(*documents: str) -> tuple[list[dict[str, Any]], list[str]]:
     """What the documents become, read by another than our own YAML reader; and what is left out."""
     found = convert({f"file{n}": it.encode() for n, it in enumerate(documents)})
-    return list(yaml.safe_load_all(found.to_yaml())), found.left_out
+    return list(yaml.safe_load_all(found.write(Form.YAML))), found.left_out
 
 
 def test_networks_and_attachments() -> None:
@@ -265,6 +268,217 @@ def test_what_no_network_can_be_made_of(documents: tuple[str, ...], said: str) -
     assert said in str(refused.value)
 
 
+FULL: Final = """
+<network>
+  <name>blue</name>
+  <uuid>4ebd5168-6321-4757-8397-f6e83484f402</uuid>
+  <extbridge mode='passthrough' mtu='9000' queues='4' mac='52:54:00:00:00:01' macPrefix='52:55'
+             antispoof='off' trust='yes' handoff='device'>
+    <select driver='ixgbe' route='default'/>
+    <bandwidth egressRate='8000' egressBurst='800'/>
+  </extbridge>
+</network>
+"""
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "<network><name>vepanet</name><extbridge mode='vepa' dev='eth0'/></network>",
+        FULL,
+        "<network><name>a</name><forward mode='private' dev='eth0'/></network>",
+        """<network connections='2'><name>off</name><forward dev='no' mode='passthrough'>
+        <interface dev='no' connections='1'/><interface dev='1e5'/></forward></network>""",
+    ],
+)
+@pytest.mark.parametrize("form", Form)
+def test_libvirts_networks(xml: str, form: Form) -> None:
+    """Either spelling of XML becomes what the plugin takes for the same network, in each form."""
+    found = convert({"net.xml": xml.encode()})
+    expected = parse_network(object_from_xml(xml))
+    (written,) = read_back(found.write(form), form)
+    assert written == expected
+    is_told = form is not Form.YAML and expected.handoff is Handoff.DEVICE
+    assert len(found.left_out) == is_told
+
+
+def read_back(text: str, form: Form) -> list[Network]:
+    """The networks of what convert has written, read as the plugin reads them."""
+    if form is Form.JSON:
+        return [defined_by(json.loads(text))]
+    documents = list(yaml.safe_load_all(text))
+    if form is Form.NAD:
+        return [defined_by(json.loads(it["spec"]["config"])) for it in documents]
+    return [parse_network(object_from_yaml(it)) for it in documents[0]["data"].values()]
+
+
+def defined_by(config: dict[str, Any]) -> Network:
+    """The network of an ADD with this configuration."""
+    (plugin,) = (it for it in config.get("plugins", [config]) if it["type"] == "extbridge")
+    environ = {
+        "CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c", "CNI_NETNS": "/n", "CNI_IFNAME": "net1",
+    }  # fmt: skip
+    plugin = {**plugin, "name": config["name"], "cniVersion": config["cniVersion"]}
+    (wanted,) = wanted_nics(parse_request(environ, json.dumps(plugin).encode()))
+    return wanted.network
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "master": st.sampled_from(["eth0", "1e5", ""]),
+            "mode": st.sampled_from([*map(str, Mode), ""]),
+            "mtu": st.sampled_from([0, 68, 1500, 65535]),
+            "mac": st.sampled_from(["", "52:54:00:00:00:01"]),
+            "ipam": st.sampled_from([{}, {"type": "host-local", "subnet": "192.0.2.0/24"}]),
+            "linkInContainer": st.just(value=False),
+            "dns": st.just({"nameservers": ["192.0.2.53"]}),
+        },
+    ),
+    st.sampled_from(Form),
+    st.sampled_from(["conf", "list", "definition"]),
+)
+def test_macvlan(keys: dict[str, Any], form: Form, kind: str) -> None:
+    """A configuration of macvlan becomes a network that says the same, wherever it stands."""
+    plugin: dict[str, Any] = {"type": "macvlan", **keys}
+    config = {"cniVersion": "1.0.0", "name": "lan", **plugin}
+    if kind == "list":
+        config = {"cniVersion": "1.0.0", "name": "lan", "plugins": [plugin, {"type": "tuning"}]}
+    given_ = json.dumps(config)
+    if kind == "definition":
+        metadata = {"name": "lan", "namespace": "tenant"}
+        given_ = json.dumps({
+            "kind": "NetworkAttachmentDefinition", "metadata": metadata, "spec": {"config": given_},
+        })  # fmt: skip
+    found = convert({"it": given_.encode()})
+    (network,) = read_back(found.write(form), form)
+    master = keys.get("master")
+    assert network == Network(
+        "lan",
+        NicSelector(names=(master,)) if master else NicSelector(route="default"),
+        Mode(keys.get("mode") or "bridge"),
+        mtu=keys.get("mtu") or None,
+        mac=keys.get("mac") or None,
+        ipam=keys.get("ipam") or None,
+    )
+    # What only a configuration can say is lost to a definition, unless there is one besides.
+    is_told = form is Form.YAML and kind != "definition" and (kind == "list" or "dns" in keys)
+    assert bool(found.left_out) == is_told
+
+
+def macvlan(**keys: object) -> str:
+    """A configuration of macvlan."""
+    return json.dumps({
+        "cniVersion": "1.0.0", "name": "lan", "type": "macvlan", "master": "eth0", **keys,
+    })  # fmt: skip
+
+
+def test_macvlan_in_a_list_keeps_its_neighbours() -> None:
+    """Plugins around macvlan, dns and the list's own keys are where they were."""
+    config = {"cniVersion": "0.4.0", "name": "lan", "disableCheck": True, "plugins": [
+        {"type": "a"}, {"type": "macvlan", "dns": {"domain": "example.com"}}, {"type": "tuning"},
+    ]}  # fmt: skip
+    written = json.loads(convert({"it": json.dumps(config).encode()}).write(Form.JSON))
+    assert [it["type"] for it in written["plugins"]] == ["a", "extbridge", "tuning"]
+    assert written["plugins"][1]["dns"] == {"domain": "example.com"}
+    assert (written["cniVersion"], written["disableCheck"]) == ("0.4.0", True)
+
+
+def test_one_name_in_two_namespaces() -> None:
+    """Attachment definitions that share a name become networks that do not."""
+    given_ = [
+        {
+            "kind": "NetworkAttachmentDefinition",
+            "metadata": {"name": "lan", "namespace": namespace},
+            "spec": {"config": macvlan(master=nic)},
+        }
+        for namespace, nic in (("a", "eth0"), ("b", "eth0"), ("c", "eth1"))
+    ]
+    (networks, *definitions), left_out = converted(json.dumps({"kind": "List", "items": given_}))
+    assert list(networks["data"]) == ["lan.yaml", "lan-c.yaml"]
+    asked = [json.loads(it["spec"]["config"])["network"] for it in definitions]
+    assert (asked, left_out) == (["lan", "lan", "lan-c"], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "said"),
+    [
+        ("<network><name>a</name><extbridge dev='e'/><ip/><dns/></network>", "json",
+         ["file: <ip>: ", "file: <dns>: "]),
+        (macvlan(ipam={"type": "dhcp"}), "json", ["ipam: dhcp is the guest's"]),
+        (macvlan(ipam={"subnet": "192.0.2.0/24"}), "json", ["ipam: without a type"]),
+        (macvlan(bcqueuelen=5, x=1), "json", ["bcqueuelen: ", "x: macvlan takes no notice"]),
+        (macvlan(capabilities={"portMappings": True}), "json", ["capabilities.portMappings"]),
+        (macvlan(cniVersion="0.2.0"), "json", ["cniVersion 0.2.0 cannot tell"]),
+        (macvlan(dns={"domain": "a"}), "yaml", ["dns: a network's definition has no place"]),
+        (macvlan(name="Lan_2"), "nad", ["Kubernetes allows no such name; lan-2 it is"]),
+        (macvlan() + "\n---\nkind: Pod", "yaml", ["Pod: it defines no network"]),
+        (macvlan() + '\n---\n{"type": "bridge"}', "yaml", ["it is not of the type macvlan"]),
+    ],
+)  # fmt: skip
+def test_what_of_others_is_left_out(text: str, form: str, said: list[str]) -> None:
+    """What libvirt or macvlan had besides is named."""
+    # With a YAML comment in front, more than one document may follow.
+    data = text if text.startswith("<") else f"# YAML\n{text}"
+    found = convert({"file": data.encode()})
+    found.write(Form(form))
+    assert len(found.left_out) == len(said)
+    for sentence, part in zip(found.left_out, said, strict=True):
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<network><name>a</name><forward mode='nat'/></network>", "net: <forward mode='nat'>"),
+        ("<network><name>a</name><forward mode='vepa' dev='e'/><vlan/></network>", "net: <vlan>"),
+        ("<domain/>", "it has to be <network>"),
+        ("<network>", "line 1, column 10"),
+        (macvlan(linkInContainer=True), "net: linkInContainer is true"),
+        (macvlan(mode="source"), "net: mode is the string"),
+        (macvlan(mtu=9), "net: mtu is the number 9"),
+        (macvlan(name="a b"), "net: name is the string"),
+        (macvlan(cniVersion="7"), "net: cniVersion is the string"),
+        (json.dumps({"name": "a", "plugins": [{"type": "macvlan"}] * 2}), "has 2 of the type"),
+        ('{"type": "bridge"}', "there is no network in net; understood: libvirt's"),
+        ("hello: world", "net: this is no network of any program that is known; understood: "),
+        ("hello", "net: a document is the string"),
+        ("[]", "there is no network in net"),
+    ],
+)
+def test_what_is_not_understood(text: str, said: str) -> None:
+    """Files of no such program are refused with what is understood, others with their fault."""
+    with pytest.raises(InvalidNetworkConfig) as refused:
+        convert({"net": text.encode()})
+    assert said in str(refused.value)
+
+
+def test_names_that_mean_two_networks() -> None:
+    """Networks that are not the same do not silently become one."""
+    xml = b"<network><name>lan</name><extbridge mode='vepa' dev='eth0'/></network>"
+    same = b"name: lan\nextbridge: {dev: eth0}"
+    assert list(convert({"a": xml, "lan.yaml": same}).networks) == ["lan"]
+    with pytest.raises(InvalidNetworkConfig, match=r"^b: the network lan is there already"):
+        convert({"a": xml, "b": macvlan().encode()})
+
+
+def test_a_configuration_is_of_one_network() -> None:
+    """JSON of several networks is refused, as no runtime could read it."""
+    found = convert({"a": macvlan().encode(), "b": macvlan(name="wan").encode()})
+    with pytest.raises(InvalidNetworkConfig, match="there are 2: lan, wan; give one file"):
+        found.write(Form.JSON)
+
+
+def test_macvtap_cnis_networks_elsewhere() -> None:
+    """Where the network is not the node's, kubelet has no device for it, which is told."""
+    files = {"a": CONFIG_MAP.encode(), "b": ATTACHMENT.encode()}
+    found = convert(files)
+    networks = read_back(found.write(Form.NAD), Form.NAD)
+    assert networks == list(convert(files).networks.values())
+    assert [it.split(":")[0] for it in found.left_out] == ["network dataplane", "network other"]
+
+
 def anything() -> st.SearchStrategy[object]:
     """JSON with a preference for the words that matter here."""
     words = st.sampled_from(["macvtap", "a", "vepa", "107", "items", "type", "name", "mtu"])
@@ -318,3 +532,8 @@ def test_command(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"\xff")
     assert run("bad")[2].startswith("extbridge: bad: byte 0 is not UTF-8")
     assert run("missing")[0] == 2
+    (tmp_path / "net.xml").write_text(
+        "<network><name>a</name><extbridge dev='eth0'/><dns/></network>"
+    )
+    left_out = "left out: net.xml: <dns>: extbridge takes no notice of it\n"
+    assert run("--to", "json", "net.xml") == (3, 1, left_out)

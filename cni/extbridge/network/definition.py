@@ -32,21 +32,31 @@ from extbridge.spec.request import find_ifname_fault, find_name_fault
 MAX_DEPTH: Final = 20
 """How deep objects and lists may nest in a definition file."""
 
-_MIN_MTU = 68
+MIN_MTU: Final = 68
 """ETH_MIN_MTU, which is IPv4's smallest (RFC 791)."""
 
-_MAX_MTU = 65535
+MAX_MTU: Final = 65535
 """ETH_MAX_MTU."""
 
-_MAX_QUEUES = 256
+MAX_QUEUES: Final = 256
 """MAX_TAP_QUEUES of drivers/net/tap.c."""
 
-_MAX_NAME_BYTES = 250
+MAX_NAME_BYTES: Final = 250
 """What NAME_MAX leaves for the name in `NAME.yaml`."""
 
-_MAX_NICS = 256
+MAX_NICS: Final = 256
 
-_MAX_PATTERN_CHARACTERS = 64
+MAX_PATTERN_CHARACTERS: Final = 64
+
+SELECTOR_PATTERNS: Final[Mapping[str, str]] = {
+    "match": r"[^/\s]+",
+    "pci": r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]",
+    "driver": r"[A-Za-z0-9_.\-]+",
+    "route": "default",
+}
+"""What a selector's values match whole, MACs apart."""
+
+UUID_PATTERN: Final = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 
 MAX_RATE: Final = (1 << 63) - 1
 """bits/s; what the signed integers of other CNI programs hold."""
@@ -61,6 +71,9 @@ does not come here by itself."""
 
 FIRST_DEVICE: Final = 0x70000000
 """From here on an ifindex is given to an attachment only if a device plugin has reserved it."""
+
+IPAM_UNFIT: Final = ("dhcp", "extbridge", "extbridge-cni")
+"""Plugins that can be no IPAM plugin of a network."""
 
 _IPAM_DEPTH = MAX_DEPTH - 4
 """Less than a file may nest, so that whatever was read can be written as a file."""
@@ -161,9 +174,9 @@ MODES: Final[Mapping[str, Mode]] = {
 }
 """Every spelling of a mode; the last is libvirt's."""
 
-_SELECTOR_KEYS = ("match", "pci", "driver", "mac", "route")
+SELECTOR_KEYS: Final = ("match", "pci", "driver", "mac", "route")
 
-_BANDWIDTH_KEYS = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
+BANDWIDTH_KEYS: Final = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -192,8 +205,8 @@ def parse_network(obj: JsonObject, *, name: str | None = None) -> Network:
         dev=_get_dev(extbridge),
         mode=_get_choice(extbridge, "mode", MODES, where="extbridge") or Mode.VEPA,
         uuid=_get_uuid(obj),
-        mtu=_get_ranged(obj, "mtu", _MIN_MTU, _MAX_MTU),
-        queues=_get_ranged(obj, "queues", 1, _MAX_QUEUES) or 1,
+        mtu=_get_ranged(obj, "mtu", MIN_MTU, MAX_MTU),
+        queues=_get_ranged(obj, "queues", 1, MAX_QUEUES) or 1,
         mac=_get_mac(obj, "mac"),
         mac_prefix=_get_mac_prefix(obj),
         antispoof=antispoof,
@@ -232,8 +245,8 @@ def parse_network_name(text: str, *, field: str) -> str:
     Raises InvalidNetworkConfig.
     """
     fault = find_name_fault(text)
-    if not fault and len(text) > _MAX_NAME_BYTES:
-        fault = f"it has to be at most {_MAX_NAME_BYTES} characters long and has {len(text)}"
+    if not fault and len(text) > MAX_NAME_BYTES:
+        fault = f"it has to be at most {MAX_NAME_BYTES} characters long and has {len(text)}"
     if fault:
         raise InvalidNetworkConfig(f"{field} is {describe(text)}", fault)
     return text
@@ -275,9 +288,9 @@ def _get_dev(extbridge: JsonObject) -> NicSelector:
 
 
 def _parse_names(given: list[object], path: str) -> tuple[str, ...]:
-    if not 0 < len(given) <= _MAX_NICS:
+    if not 0 < len(given) <= MAX_NICS:
         raise InvalidNetworkConfig(
-            f"{path} is a list of {len(given)} NICs", f"allowed: 1 to {_MAX_NICS}"
+            f"{path} is a list of {len(given)} NICs", f"allowed: 1 to {MAX_NICS}"
         )
     names: list[str] = []
     for index, item in enumerate(given):
@@ -290,27 +303,27 @@ def _parse_names(given: list[object], path: str) -> tuple[str, ...]:
 
 
 def _parse_selector(given: JsonObject, path: str) -> NicSelector:
-    refuse_unknown(given, _SELECTOR_KEYS, where=path)
+    refuse_unknown(given, SELECTOR_KEYS, where=path)
     selector = NicSelector(
-        match=_get_pattern(given, "match", r"[^/\s]+", "a shell pattern such as ens*f0", path),
+        match=_get_pattern(given, "match", "a shell pattern such as ens*f0", path),
         pci=_get_pci(given, path),
-        driver=_get_pattern(given, "driver", r"[A-Za-z0-9_.\-]+", "a driver such as ixgbe", path),
+        driver=_get_pattern(given, "driver", "a driver such as ixgbe", path),
         mac=_get_mac(given, "mac", where=path),
-        route=_get_pattern(given, "route", "default", "default", path),
+        route=_get_pattern(given, "route", "default", path),
     )
     if selector == NicSelector():
         raise InvalidNetworkConfig(
-            f"{path} selects by nothing", f"allowed: {', '.join(_SELECTOR_KEYS)}"
+            f"{path} selects by nothing", f"allowed: {', '.join(SELECTOR_KEYS)}"
         )
     return selector
 
 
-def _get_pattern(obj: JsonObject, key: str, pattern: str, wanted: str, where: str) -> str | None:
+def _get_pattern(obj: JsonObject, key: str, wanted: str, where: str) -> str | None:
     given = get_str(obj, key, where=where)
     if given is None:
         return None
-    too_long = len(given) > _MAX_PATTERN_CHARACTERS
-    if too_long or not given.isprintable() or not re.fullmatch(pattern, given):
+    too_long = len(given) > MAX_PATTERN_CHARACTERS
+    if too_long or not given.isprintable() or not re.fullmatch(SELECTOR_PATTERNS[key], given):
         raise InvalidNetworkConfig(
             f"{field_path(where, key)} is {describe(given)}", f"it has to be {wanted}"
         )
@@ -319,8 +332,7 @@ def _get_pattern(obj: JsonObject, key: str, pattern: str, wanted: str, where: st
 
 def _get_pci(obj: JsonObject, where: str) -> str | None:
     """An address as sysfs writes it; the domain, mostly 0000, may be left out as lspci does."""
-    pattern = r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7]"
-    given = _get_pattern(obj, "pci", pattern, "an address such as 0000:3b:00.0", where)
+    given = _get_pattern(obj, "pci", "an address such as 0000:3b:00.0", where)
     if given is None:
         return None
     return given.lower() if given.count(":") > 1 else f"0000:{given.lower()}"
@@ -330,7 +342,7 @@ def _get_uuid(obj: JsonObject) -> str | None:
     given = get_str(obj, "uuid")
     if given is None:
         return None
-    if not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", given.lower()):
+    if not re.fullmatch(UUID_PATTERN, given):
         raise InvalidNetworkConfig(
             f"uuid is {describe(given)}",
             "it has to be of the form 4ebd5168-6321-4757-8397-f6e83484f402 (RFC 4122)",
@@ -376,7 +388,7 @@ def _get_bandwidth(obj: JsonObject) -> Bandwidth | None:
     given = get_object(obj, "bandwidth")
     if given is None:
         return None
-    refuse_unknown(given, _BANDWIDTH_KEYS, where="bandwidth")
+    refuse_unknown(given, BANDWIDTH_KEYS, where="bandwidth")
     ingress_rate, ingress_burst = _get_limit(given, "ingress")
     egress_rate, egress_burst = _get_limit(given, "egress")
     bandwidth = Bandwidth(ingress_rate, ingress_burst, egress_rate, egress_burst)
@@ -416,7 +428,7 @@ def _get_ipam(obj: JsonObject) -> Mapping[str, object] | None:
             "ipam.type is dhcp, which would ask by the pod's own IP stack",
             "leave ipam out: a guest asks by itself, and its antispoof lets it",
         )
-    if plugin in ("extbridge", "extbridge-cni"):
+    if plugin in IPAM_UNFIT:
         raise InvalidNetworkConfig(
             f"ipam.type is {plugin}, which gives no addresses", "name an IPAM plugin: host-local"
         )
@@ -448,7 +460,7 @@ def _dev_to_value(dev: NicSelector) -> object:
         case (name,):
             return name
         case ():
-            return _without_none({key: getattr(dev, key) for key in _SELECTOR_KEYS})
+            return _without_none({key: getattr(dev, key) for key in SELECTOR_KEYS})
         case names:
             return list(names)
 
@@ -460,7 +472,7 @@ def _bandwidth_to_object(bandwidth: Bandwidth) -> dict[str, object]:
         bandwidth.egress_rate,
         bandwidth.egress_burst,
     )
-    return _without_none(dict(zip(_BANDWIDTH_KEYS, limits, strict=True)))
+    return _without_none(dict(zip(BANDWIDTH_KEYS, limits, strict=True)))
 
 
 def _without_none(obj: Mapping[str, object]) -> dict[str, object]:

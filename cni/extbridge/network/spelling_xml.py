@@ -110,6 +110,14 @@ def network_to_xml(network: Network) -> str:
     return "\n".join([*lines, "</network>", ""])
 
 
+def find_ignored(text: str) -> list[str]:
+    """What object_from_xml, which has taken text, takes no notice of; a sentence for each."""
+    root = _parse_tree(text)
+    taken = {"name", "uuid", "extbridge" if _find_child(root, "extbridge") else "forward"}
+    names = dict.fromkeys(child.name for child in root.children if child.name not in taken)
+    return [f"<{name}>: extbridge takes no notice of it" for name in names]
+
+
 def _parse_tree(text: str) -> _Element:
     """The document's elements; comments and processing instructions are passed over.
 

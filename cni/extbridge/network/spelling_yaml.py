@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import yaml
@@ -78,6 +79,51 @@ def object_from_yaml(text: str) -> JsonObject:
 def values_from_yaml(text: str) -> list[object]:
     """The values of all documents in text, which are read as strictly; raises the same."""
     return [value for _, value in _read_documents(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in YAML's text: of a key, where its value has one, else of the value itself.
+
+    Lines and columns from 1. `text_line` is the line on which the text of a value begins that is
+    written as a block (`|`), None for all others.
+    """
+
+    line: int
+    column: int
+    text_line: int | None = None
+
+
+def nodes_in_yaml(text: str) -> list[dict[tuple[str | int, ...], Place]]:
+    """Of each document of text the places of all values, by their keys and indexes.
+
+    Also of JSON, but for what of it is no YAML; of what is neither, nothing.
+    """
+    found: list[dict[tuple[str | int, ...], Place]] = []
+    try:
+        # JSON may be indented with tabs, and has them nowhere else.
+        documents = list(yaml.compose_all(text.replace("\t", " "), Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        return []
+    for document in documents:
+        places: dict[tuple[str | int, ...], Place] = {}
+        open_nodes: list[tuple[tuple[str | int, ...], yaml.Node, yaml.Node]] = [
+            ((), document, document)
+        ]
+        while open_nodes:
+            path, key, node = open_nodes.pop()
+            is_block = isinstance(node, yaml.ScalarNode) and node.style == "|"
+            places[path] = Place(
+                key.start_mark.line + 1,
+                key.start_mark.column + 1,
+                node.start_mark.line + 2 if is_block else None,
+            )
+            if isinstance(node, yaml.MappingNode):
+                open_nodes += [((*path, it.value), it, value) for it, value in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                open_nodes += [((*path, n), it, it) for n, it in enumerate(node.value)]
+        found.append(places)
+    return found
 
 
 def network_to_yaml(network: Network) -> str:

@@ -37,8 +37,13 @@ can also be copied and written again."""
 _MAX_CONTAINER_ID_BYTES = 200
 """A container ID is part of a file's name, which the kernel limits to 255 bytes (NAME_MAX)."""
 
-_MAX_IFNAME_BYTES = 15
+MAX_IFNAME_BYTES: Final = 15
 """IFNAMSIZ less its NUL."""
+
+NO_IFNAMES: Final = ("", ".", "..", "all", "default")
+
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.\-]*"
+"""What a network's name matches whole, and a container ID."""
 
 
 class Verb(StrEnum):
@@ -145,7 +150,7 @@ def read_version(stdin: bytes) -> str | None:
 
 def find_name_fault(name: str) -> str | None:
     """Why name can be neither a network's name nor a container ID (SPEC 1.1.0 sections 1 and 2)."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
+    if re.fullmatch(NAME_PATTERN, name):
         return None
     return "it has to start with a letter or digit, then only letters, digits, _ . and -"
 
@@ -157,13 +162,13 @@ def find_ifname_fault(name: str) -> str | None:
     not print; and `all` and `default`, which are folders of their own under /proc/sys/net
     (sysctl_dev_name_is_allowed).
     """
-    if name in {"", ".", "..", "all", "default"}:
+    if name in NO_IFNAMES:
         return "it has to be another name than '', '.', '..', 'all' and 'default'"
     if any(character in "/:% " or not character.isprintable() for character in name):
         return "it has to be without / : % and without what does not print, white space included"
     encoded = name.encode()
-    if len(encoded) > _MAX_IFNAME_BYTES:
-        return f"it has to be at most {_MAX_IFNAME_BYTES} bytes long and is {len(encoded)}"
+    if len(encoded) > MAX_IFNAME_BYTES:
+        return f"it has to be at most {MAX_IFNAME_BYTES} bytes long and is {len(encoded)}"
     # The kernel looks at bytes, and its isspace() at Latin-1: "à" ends in its no-break space.
     if b"\xa0" in encoded:
         return "it has to be without the byte 0xA0, which the kernel takes for white space"
