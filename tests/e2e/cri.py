@@ -55,8 +55,8 @@ _SCHEMA: Final[Schema] = {
     },
     "RunPodSandboxRequest": {"config": (1, "PodConfig")},
     "RunPodSandboxResponse": {"pod_sandbox_id": (1, "string")},
-    "PodSandboxStatusRequest": {"pod_sandbox_id": (1, "string")},
-    "PodSandboxStatusResponse": {"status": (1, "PodStatus")},
+    "PodSandboxStatusRequest": {"pod_sandbox_id": (1, "string"), "verbose": (2, "bool")},
+    "PodSandboxStatusResponse": {"status": (1, "PodStatus"), "info": (2, "KeyValue[]")},
     "PodStatus": {"network": (5, "PodNetwork")},
     "PodNetwork": {"ip": (1, "string")},
     "StopPodSandboxRequest": {"pod_sandbox_id": (1, "string")},
@@ -88,6 +88,11 @@ _SCHEMA: Final[Schema] = {
         "host_path": (2, "string"),
         "readonly": (3, "bool"),
     },
+    "Device": {
+        "container_path": (1, "string"),
+        "host_path": (2, "string"),
+        "permissions": (3, "string"),
+    },
     "ContainerConfig": {
         "metadata": (1, "ContainerMetadata"),
         "image": (2, "ImageSpec"),
@@ -95,6 +100,7 @@ _SCHEMA: Final[Schema] = {
         "args": (4, "string[]"),
         "envs": (6, "KeyValue[]"),
         "mounts": (7, "Mount[]"),
+        "devices": (8, "Device[]"),
         "log_path": (11, "string"),
         "linux": (15, "LinuxContainer"),
     },
@@ -205,10 +211,27 @@ class Containerd:
 
     def pid_of(self, container: str) -> int:
         """The container's first process, as the node numbers it."""
-        told = self.call("ContainerStatus", container_id=container, verbose=True)["info"]
-        (info,) = (item["value"] for item in told if item["key"] == "info")
-        pid: int = json.loads(info)["pid"]
+        told = self.call("ContainerStatus", container_id=container, verbose=True)
+        pid: int = _info(told)["pid"]
         return pid
+
+    def netns_of(self, pod: Pod) -> str:
+        """The pod's network namespace, as the node names it."""
+        told = self.call("PodSandboxStatus", pod_sandbox_id=pod.id, verbose=True)
+        namespaces = _info(told)["runtimeSpec"]["linux"]["namespaces"]
+        (path,) = (it["path"] for it in namespaces if it["type"] == "network")
+        return str(path)
+
+    def cni(self, config: Mapping[str, object], **environ: str) -> None:
+        """Call a plugin as a process of the node does; raises CriFailure with its answer."""
+        done = subprocess.run(
+            ("nsenter", f"--target={self.pid}", "--mount", "--pid", "--",
+             f"/opt/cni/bin/{config['type']}"),
+            input=json.dumps(config), text=True, stdout=subprocess.PIPE, check=False,
+            env={"CNI_PATH": "/opt/cni/bin", **environ},
+        )  # fmt: skip
+        if done.returncode:
+            raise CriFailure(f"{environ['CNI_COMMAND']}: {done.stdout}")
 
     def import_image(self, archive: Path, image: str) -> None:
         """Take the image out of an archive; raises LabFailure, TimeoutError."""
@@ -327,6 +350,13 @@ def children_of(pid: int) -> list[int]:
     """The processes that the (single-threaded) process is the parent of."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return [int(child) for child in listed.split()]
+
+
+def _info(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What containerd says of its own, where it was asked for all."""
+    (info,) = (item["value"] for item in told["info"] if item["key"] == "info")
+    said: dict[str, Any] = json.loads(info)
+    return said
 
 
 def _kill(holder: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ run another container than nodes do.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from extbridge.reservations import DEVICES
 from tests.e2e.cri import Containerd, Executed, Pod, until
+from tests.kernel.kubelet import Kubelet as DeviceManager
 from tests.manifests import Manifest, write_config_map
 
 NODE: Final = "node-1"
@@ -24,6 +27,9 @@ _NOT_THE_NODES: Final = ("nodeSelector", "tolerations", "priorityClassName")
 # NamespaceMode and SecurityProfile.ProfileType of the CRI.
 _OF_POD, _OF_CONTAINER, _OF_NODE = 0, 1, 2
 _RUNTIME_DEFAULT, _UNCONFINED = 0, 1
+
+_DOMAIN: Final = "extbridge.io/"
+_MULTUS: Final = "k8s.v1.cni.cncf.io"
 
 _UNITS: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
@@ -46,20 +52,29 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class RunningPod:
-    """A pod with its containers, by their names, and the seconds they are given to end."""
+    """A pod with its containers, by their names, and the seconds they are given to end.
+
+    `attached` are the configurations of what Multus has attached, by the interfaces' names.
+    """
 
     pod: Pod
     containers: dict[str, Container]
     grace: int
+    attached: dict[str, Manifest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Kubelet:
-    """What runs pods on containerd's node; volumes are made in `folder`, of these ConfigMaps."""
+    """What runs pods on containerd's node; volumes are made in `folder`, of these ConfigMaps.
+
+    With `devices` it gives out resources, and attaches NetworkAttachmentDefinitions as Multus does.
+    """
 
     cri: Containerd
     folder: Path
     config_maps: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    devices: DeviceManager | None = None
+    attachments: tuple[Manifest, ...] = ()
 
     def run(self, manifest: Manifest) -> RunningPod:
         """Run the pod until it is ready; raises PodFailure, CriFailure."""
@@ -77,16 +92,25 @@ class Kubelet:
             }
             security = left.pop("securityContext", {})
             grace = left.pop("terminationGracePeriodSeconds", 30)
-            inits = [
-                _container(it, security, namespaces, mounts, name)
-                for it in left.pop("initContainers", [])
-            ]
-            others = [
-                _container(it, security, namespaces, mounts, name) for it in left.pop("containers")
-            ]
+            allocated: dict[str, list[str]] = {}
+            inits, others = (
+                [
+                    _container(
+                        it,
+                        security,
+                        namespaces,
+                        mounts,
+                        name,
+                        allocated=self._allocate(it, allocated),
+                    )
+                    for it in left.pop(kind, [])
+                ]
+                for kind in ("initContainers", "containers")
+            )
         pod = self.cri.run_pod(name, self._sandbox(manifest, namespaces, [*inits, *others]))
         running = RunningPod(pod, {}, grace)
         try:
+            self._attach(manifest, running, allocated)
             for container in inits:
                 self._start(running, container)
                 self._expect_success(running, container)
@@ -94,9 +118,16 @@ class Kubelet:
                 running.containers[_name(container)] = container
                 self._start(running, container)
         except BaseException:
+            self.detach(running)
             self.cri.remove_pod(pod)
             raise
         return running
+
+    def detach(self, running: RunningPod) -> None:
+        """Take off what Multus has attached, as it does when the pod is stopped."""
+        for ifname in [*running.attached]:
+            self._call_cni("DEL", running, ifname)
+            del running.attached[ifname]
 
     def restart(self, running: RunningPod, name: str) -> None:
         """Start the container anew as soon as it has ended."""
@@ -109,6 +140,7 @@ class Kubelet:
         """End its containers, with the time that they are given for it, and the pod."""
         for container in running.containers.values():
             self.cri.call("StopContainer", container_id=container.id, timeout=running.grace)
+        self.detach(running)
         self.cri.remove_pod(running.pod)
 
     def probe(self, container: Container, kind: str) -> Executed:
@@ -124,6 +156,50 @@ class Kubelet:
     def log(self, pod: str, container: str) -> str:
         """All that the container has said."""
         return (self.cri.logs / f"{pod}-{container}.log").read_text()
+
+    def _allocate(self, container: Manifest, allocated: dict[str, list[str]]) -> list[Manifest]:
+        """What the device plugins answer for the container's limits."""
+        answers = []
+        for resource, number in container.get("resources", {}).get("limits", {}).items():
+            if resource.startswith(_DOMAIN):
+                assert self.devices is not None
+                network = resource.removeprefix(_DOMAIN)
+                given = self.devices.sees(network, healthy=DEVICES)[:number]
+                allocated[resource] = [*allocated.get(resource, []), *given]
+                answers += self.devices.allocate(network, given)["containers"]
+        return answers
+
+    def _attach(
+        self, manifest: Manifest, running: RunningPod, allocated: Mapping[str, list[str]]
+    ) -> None:
+        """What Multus does for the pod's annotation (pkg/types/conf.go, LoadDelegateNetConf)."""
+        metadata = manifest["metadata"]
+        named = metadata.get("annotations", {}).get(f"{_MULTUS}/networks")
+        for number, name in enumerate(named.split(",") if named else [], 1):
+            key = (metadata["namespace"], name)
+            (attachment,) = (
+                it
+                for it in self.attachments
+                if (it["metadata"]["namespace"], it["metadata"]["name"]) == key
+            )
+            resource = attachment["metadata"]["annotations"][f"{_MULTUS}/resourceName"]
+            (device,) = allocated[resource]
+            config = json.loads(attachment["spec"]["config"])
+            config |= {"deviceID": device, "pciBusID": device}
+            if config["capabilities"]["deviceID"]:
+                config["runtimeConfig"] = {"deviceID": device}
+            running.attached[f"net{number}"] = config
+            self._call_cni("ADD", running, f"net{number}")
+
+    def _call_cni(self, verb: str, running: RunningPod, ifname: str) -> None:
+        self.cri.cni(
+            running.attached[ifname],
+            CNI_COMMAND=verb,
+            CNI_CONTAINERID=running.pod.id,
+            CNI_NETNS=self.cri.netns_of(running.pod),
+            CNI_IFNAME=ifname,
+            CNI_ARGS=f"IgnoreUnknown=true;K8S_POD_NAME={running.pod.name}",
+        )
 
     def _start(self, running: RunningPod, container: Container) -> None:
         container.id = self.cri.run_container(running.pod, container.config)
@@ -216,6 +292,8 @@ def _container(
     namespaces: Mapping[str, int],
     volumes: Mapping[str, Path],
     pod: str,
+    *,
+    allocated: list[Manifest],
 ) -> Container:
     """What the CRI is asked for, but not yet made."""
     with _all_of(spec, f"container {spec['name']}") as left:
@@ -227,6 +305,14 @@ def _container(
         mounts = [_mount(it, volumes) for it in left.pop("volumeMounts", [])]
         if _TOKEN in volumes:
             mounts.append(_from(_TOKEN, volumes[_TOKEN], is_readonly=True))
+        devices = []
+        for answer in allocated:
+            with _all_of(answer, "Allocate") as given:
+                for mount in given.pop("mounts", []):
+                    is_readonly = mount.pop("read_only")
+                    mounts.append({**mount, "readonly": is_readonly})
+                # Spelled as in the CRI.
+                devices += given.pop("devices", [])
         environment = dict(_variable(it) for it in left.pop("env", []))
         environment |= {"KUBERNETES_SERVICE_HOST": _API_SERVER, "KUBERNETES_SERVICE_PORT": "443"}
         name = left.pop("name")
@@ -237,6 +323,7 @@ def _container(
             "args": left.pop("args", []),
             "envs": _pairs(environment),
             "mounts": mounts,
+            "devices": devices,
             "log_path": f"{pod}-{name}.log",
             "linux": {
                 "resources": _resources(left.pop("resources", {})),
@@ -285,6 +372,9 @@ def _resources(resources: Manifest) -> dict[str, int]:
             cpu = asked.pop("cpu", "0")
         with _all_of(left.pop("limits", {}), "limits") as limits:
             memory = limits.pop("memory", "0Mi")
+            for resource in [it for it in limits if it.startswith(_DOMAIN)]:
+                # What device plugins have answered for.
+                del limits[resource]
     thousandths = int(cpu[:-1]) if cpu.endswith("m") else int(cpu) * 1000
     return {
         "cpu_shares": max(2, thousandths * 1024 // 1000),

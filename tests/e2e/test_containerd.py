@@ -14,7 +14,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ import yaml
 from extbridge.demo.guest import Console, Guest, qemu_command
 from extbridge.demo.lab import Lab
 from extbridge.ledger import Entry, Ledger
+from extbridge.network.definition import FIRST_DEVICE
 from tests.e2e.cri import Containerd, CriFailure, Executed, Pod, containerd, until
 from tests.e2e.image import ARCHIVE, IMAGE, INITRAMFS, KERNEL
 from tests.e2e.kubelet import (
@@ -33,6 +34,7 @@ from tests.e2e.kubelet import (
     RunningPod,
     pod_of,
 )
+from tests.kernel.kubelet import Kubelet as DeviceManager
 from tests.kernel.observe import ledger_of, link_names, tables
 from tests.manifests import DEPLOY, Manifest, rendered, the
 from tests.support import missing, require
@@ -317,6 +319,56 @@ def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> Non
     until(lambda: node.traces() == before)
 
 
+@pytest.fixture
+def device_node(site: Site) -> Iterator[Node]:
+    """The node with a kubelet that gives out devices, and what Multus attaches."""
+    manifests = rendered(DEPLOY / "overlays/kubevirt")
+    attachments = [it for it in manifests if it["kind"] == "NetworkAttachmentDefinition"]
+    with DeviceManager(site.node.cri.root / "var/lib/kubelet/device-plugins") as devices:
+        kubelet = replace(
+            site.node.kubelet, devices=devices.start(), attachments=tuple(attachments)
+        )
+        yield replace(site.node, kubelet=kubelet)
+
+
+def test_pod_with_a_device_needs_no_host_path(device_node: Node) -> None:
+    """With a network's resource in its limits a restricted pod gets the launcher, and its tap."""
+    before = device_node.traces()
+    manifest = _holding_pod("device", "multus", "net1")
+    assert "hostPath" not in json.dumps(manifest)
+    with _pod(device_node, manifest) as running:
+        pid = device_node.holder(running.pod)
+        [entry] = device_node.entries(running.pod)
+        assert (entry.ifname, entry.definition) == ("net1", "vepanet")
+        assert entry.ifindex >= FIRST_DEVICE
+        opened = [fd.readlink().name for fd in (device_node.process(pid) / "fd").iterdir()]
+        assert f"tap{entry.ifindex}" in opened
+        assert _taps(device_node, running) == []
+        mounts = (device_node.process(pid) / "mountinfo").read_text().splitlines()
+        [options] = [it.split()[5] for it in mounts if it.split()[4] == "/run/extbridge/pod"]
+        assert options.startswith("ro")
+    assert device_node.traces() == before
+
+
+def test_pod_opens_the_node_that_kubelet_gave_it(device_node: Node) -> None:
+    """On a network with `handoff: device` a pod opens its tap itself, and finds no other."""
+    before = device_node.traces()
+    manifest = _vm_pod("node", example="multus")
+    manifest["metadata"]["annotations"] = {"k8s.v1.cni.cncf.io/networks": "vmnet"}
+    [container] = manifest["spec"]["containers"]
+    container["command"] = ["busybox", "sleep", "1000"]
+    container["resources"]["limits"] = {"extbridge.io/vmnet": 1}
+    with _pod(device_node, manifest) as running:
+        [entry] = device_node.entries(running.pod)
+        tap = f"/dev/tap{entry.ifindex}"
+        assert _taps(device_node, running) == [tap]
+        opened = device_node.cri.execute(
+            running.containers["qemu"].id, "busybox", "sh", "-c", f"exec 3<>{tap} && echo opened"
+        )
+        assert (opened.stdout, opened.stderr) == ("opened\n", "")
+    assert device_node.traces() == before
+
+
 def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> None:
     """What deploy/ brought onto a node deploy/uninstall takes away, once nothing needs it."""
     uninstall = pod_of(the("DaemonSet", rendered(_overlay(tmp_path / "gone", "uninstall"))))
@@ -365,12 +417,13 @@ def _overlay(folder: Path, deployed: str, nic: str = "") -> Path:
         "images": [{"name": "extbridge", "newName": "localhost/extbridge", "newTag": "latest"}],
     }
     if nic:
-        definition = {"extbridge": {"mode": "vepa", "dev": nic}}
+        definition: Manifest = {"extbridge": {"mode": "vepa", "dev": nic}}
+        networks = {"vepanet": definition, "vmnet": {**definition, "handoff": "device"}}
         change = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": "extbridge-networks", "namespace": "extbridge"},
-            "data": {"vepanet.yaml": yaml.safe_dump(definition)},
+            "data": {f"{name}.yaml": yaml.safe_dump(it) for name, it in networks.items()},
         }
         kustomization["patches"] = [{"patch": yaml.safe_dump(change)}]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
@@ -390,19 +443,19 @@ def _contents(cri: Containerd) -> Mapping[str, object]:
     return found
 
 
-def _vm_pod(name: str, *command: str) -> Manifest:
+def _vm_pod(name: str, *command: str, example: str = "vm") -> Manifest:
     """The example's pod, with this command."""
-    pod: Manifest = yaml.safe_load((DEPLOY / "examples/vm.yaml").read_text())
+    pod: Manifest = yaml.safe_load((DEPLOY / f"examples/{example}.yaml").read_text())
     pod["metadata"]["name"] = name
     pod["spec"]["containers"][0] |= {"image": IMAGE, "args": list(command)}
     return pod
 
 
-def _holding_pod(name: str) -> Manifest:
+def _holding_pod(name: str, example: str = "vm", ifname: str = "macvtap0") -> Manifest:
     """The same without QEMU: a process that has the tap, and soon ends when it is told to."""
     # A command with a placeholder gets no options of QEMU's.
     script = "trap exit TERM; sleep 1000 & wait"
-    return _vm_pod(name, "busybox", "sh", "-c", script, "{macvtap0.fd}")
+    return _vm_pod(name, "busybox", "sh", "-c", script, f"{{{ifname}.fd}}", example=example)
 
 
 def _plain_pod(name: str, annotations: Mapping[str, str]) -> Manifest:
@@ -420,6 +473,7 @@ def _pod(node: Node, manifest: Manifest) -> Iterator[RunningPod]:
         yield running
     finally:
         taps = [Path(f"/dev/tap{entry.ifindex}") for entry in node.entries(running.pod)]
+        node.kubelet.detach(running)
         node.cri.remove_pod(running.pod)
         until(lambda: not any(tap.exists() for tap in taps))
 
@@ -471,6 +525,12 @@ def _expect_refusal(node: Node, vm: Vm) -> None:
     refused = node.cri.execute(vm.container, _LAUNCHER, "busybox", "true")
     assert refused.status == 125
     assert f"held by process {vm.pid}" in refused.stderr
+
+
+def _taps(node: Node, running: RunningPod) -> list[str]:
+    """The nodes of taps in the VM's container."""
+    container = running.containers["qemu"].id
+    return node.cri.execute(container, "busybox", "find", "/dev", "-name", "tap*").stdout.split()
 
 
 def _links(shown: Executed) -> list[str]:

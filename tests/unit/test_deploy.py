@@ -72,13 +72,19 @@ def test_examples_networks_are_understood(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_vm_pods_of_examples_have_no_privilege(path: Path) -> None:
-    """An example asks for nothing that the restricted profile forbids, but the launcher's mount."""
+    """An example asks for nothing that the restricted profile forbids, but the launcher's mount.
+
+    With a device it has that from kubelet.
+    """
     spec = the("Pod", _read(path))["spec"]
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["runAsUser"] > 0
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     hosts = {it["name"]: it["hostPath"]["path"] for it in spec["volumes"] if "hostPath" in it}
-    assert list(hosts.values()) == ["/run/extbridge/pod"]
+    assert list(hosts.values()) == ([] if _resources(spec) else ["/run/extbridge/pod"])
+    # Pod Security Standards, Restricted, Volume Types, as far as there are such in examples.
+    kinds = {kind for volume in spec["volumes"] for kind in volume} - {"name", "hostPath"}
+    assert kinds <= {"configMap", "emptyDir"}
     for container in spec["containers"]:
         assert container["securityContext"] == {
             "readOnlyRootFilesystem": True,
@@ -90,6 +96,19 @@ def test_vm_pods_of_examples_have_no_privilege(path: Path) -> None:
                 assert mount["readOnly"]
                 assert mount["mountPath"] == hosts[mount["name"]]
     assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+
+
+@pytest.mark.parametrize("overlay", ["multus", "openshift"])
+def test_device_of_the_example_is_its_networks(overlay: str) -> None:
+    """The pod's limits have the resource that Multus looks for when it makes the pod's NIC."""
+    pod = the("Pod", _read(DEPLOY / "examples/multus.yaml"))
+    name = pod["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"]
+    manifests = rendered(DEPLOY / "overlays" / overlay)
+    attachment = the("NetworkAttachmentDefinition", manifests)["metadata"]
+    told = (attachment["namespace"], attachment["name"])
+    assert told == (pod["metadata"]["namespace"], name)
+    resource = attachment["annotations"]["k8s.v1.cni.cncf.io/resourceName"]
+    assert _resources(pod["spec"]) == {resource: 1}
 
 
 def test_kubevirts_parts_name_each_other(tmp_path: Path) -> None:
@@ -137,6 +156,11 @@ def test_manifests_and_image_are_of_the_projects_version() -> None:
         assert {it["image"] for it in containers} == {f"extbridge:{version}"}
     [said] = re.findall(r"^ARG VERSION=(.*)$", (top / "Dockerfile").read_text(), re.MULTILINE)
     assert said == version
+
+
+def _resources(spec: Manifest) -> dict[str, int]:
+    limits = [it["resources"]["limits"].items() for it in spec["containers"]]
+    return {key: number for of in limits for key, number in of if key.startswith("extbridge.io/")}
 
 
 def _accept(config: Manifest, networks: str) -> None:
