@@ -290,6 +290,17 @@ def test_agent_cannot_change_its_image(site: Site) -> None:
     assert "Read-only file system" in touched.stderr
 
 
+def test_agents_image_has_the_whole_command_line(site: Site) -> None:
+    """What the image leaves out of its libraries no command needs to show what it shows."""
+    for command in ("list", "networks"):
+        shown = site.node.agent.execute("extbridge", command)
+        assert (shown.status, shown.stderr) == (0, "")
+        assert "vepanet" in shown.stdout
+    tree = site.node.agent.execute("extbridge", "list", "--tree")
+    assert (tree.status, tree.stderr) == (0, "")
+    assert "findings" in site.node.agent.execute("extbridge", "doctor", "-o", "json").stdout
+
+
 def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> None:
     """A pod can be stopped and removed without an agent; the next one does what is left to do."""
     node = site.node
