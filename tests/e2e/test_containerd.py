@@ -327,8 +327,16 @@ def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> No
             node.kubelet.run(uninstall)
         node.agent.start()
         node.kubelet.remove(running)
+        plain, other = (node.kubelet.run(_plain_pod(name, {})) for name in ("plain", "other"))
         node.agent.remove()
+        # Neither has a NIC, and yet there is now a DEL that no agent will ever read.
+        node.kubelet.remove(plain)
+        with pytest.raises(CriFailure, match="gives no answer"):
+            node.kubelet.run(_plain_pod("late", {}))
+        assert list((node.run_dir / "spool").iterdir())
         node.kubelet.remove(node.kubelet.run(uninstall))
+        assert not node.run_dir.exists()
+        node.kubelet.remove(other)
         # Again, where all is done.
         node.kubelet.remove(node.kubelet.run(uninstall))
         assert _contents(node.cri) == node.found
