@@ -320,6 +320,10 @@ def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> No
     with _node(tmp_path, lab_nic) as node:
         running = node.kubelet.run(_holding_pod("vm"))
         node.holder(running.pod)
+        # The cluster's network writes its list anew, and the agent stands in it again.
+        chain = node.cri.root / "etc/cni/net.d/10-cluster.conflist"
+        chain.write_bytes(Path(f"{chain}.extbridge-backup").read_bytes())
+        until(lambda: b'"extbridge"' in chain.read_bytes())
         with pytest.raises(PodFailure, match="agent still runs"):
             node.kubelet.run(uninstall)
         node.agent.remove()

@@ -144,6 +144,15 @@ def test_openshift_grants_what_is_asked_for(folder: str) -> None:
         assert granted[which] == {"type": "RunAsAny"}
 
 
+@pytest.mark.parametrize("overlay", ["multus", "kubevirt"])
+def test_other_overlays_undo_the_chained_one(overlay: str) -> None:
+    """Where `chained` has been, the next leaves nothing of it in the node's configurations."""
+    for folder, last in (("overlays/chained", "--chained"), (f"overlays/{overlay}", "--shim-only")):
+        spec = the("DaemonSet", rendered(DEPLOY / folder))["spec"]["template"]["spec"]
+        (install,) = spec["initContainers"]
+        assert install["args"][-3:] == ["--conf-dir", "/etc/cni/net.d", last]
+
+
 @pytest.mark.parametrize(
     ("installed", "uninstalled"),
     [
