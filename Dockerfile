@@ -20,9 +20,13 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
         install --quiet --no-compile /source
 # Compiled here because nothing can be written where it runs; not by time, which copies may change.
 # Of the Kubernetes client, which is generated and would be 120 MB, one half is for asyncio and not
-# used, and of the other the compiled form alone is kept.
+# used, with aiohttp and all that it alone brings; of the other half the compiled form alone is kept.
+# rich brings Pygments and a Markdown parser for what is not shown here.
 RUN cd /opt/extbridge/lib/*/site-packages \
     && rm -rf kubernetes/aio \
+    && /pip/bin/pip --python /opt/extbridge/bin/python --disable-pip-version-check uninstall --quiet \
+        --yes aiohttp aiohttp-retry aiohappyeyeballs aiosignal attrs frozenlist multidict propcache \
+        yarl Pygments markdown-it-py mdurl \
     && if [ -e kubernetes/client ]; then \
         /pip/bin/python -m compileall -qb --invalidation-mode unchecked-hash kubernetes/client \
         && find kubernetes/client -name '*.py' -delete; fi \

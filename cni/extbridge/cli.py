@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
@@ -214,7 +215,12 @@ _bin_dir = click.option(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Put this network there.",
 )
-@click.option("--shim-only", is_flag=True, help="The executables and nothing else.")
+@click.option(
+    "--shim-only",
+    is_flag=True,
+    help="The executables and nothing else: with --conf-dir, what install has put there is taken"
+    " out again.",
+)
 def install(
     bin_dir: Path, conf_dir: Path | None, conflist: Path | None, *, chained: bool, shim_only: bool
 ) -> None:
@@ -225,14 +231,16 @@ def install(
     from extbridge.node import conflist as configurations
     from extbridge.node.install import install_shim
 
-    if (conf_dir is not None) != (chained or conflist is not None) or (conf_dir and shim_only):
+    if chained + shim_only + (conflist is not None) > 1:
+        raise click.UsageError("--chained, --conflist and --shim-only are three ways: choose one")
+    if (conf_dir is not None) != (chained or conflist is not None) and not shim_only:
         raise click.UsageError("--conf-dir goes with --chained or --conflist, and they with it")
-    if chained and conflist is not None:
-        raise click.UsageError("--chained and --conflist are two ways: choose one")
-    if conf_dir is None:
+    if shim_only and conf_dir is not None:
+        configurations.remove(conf_dir)
+    if shim_only or conf_dir is None:
         install_shim(bin_dir)
         return
-    prepared = (
+    prepared: AbstractContextManager[object] = (
         configurations.chained(conf_dir)
         if conflist is None
         else configurations.put(conf_dir, conflist)
@@ -392,6 +400,13 @@ def schema() -> None:
     metavar="SECONDS",
     help="With either: when NICs are freed whose pod is gone, and with which no process works.",
 )
+@click.option(
+    "--conf-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep extbridge in the first network of the container runtime's folder, where install"
+    " --chained has put it, also when others write that anew.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 def agent(  # noqa: PLR0917 - click calls it, by keyword
     run_dir: str,
@@ -402,6 +417,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
     kubeconfig: Path | None,
     node_name: str | None,
     orphans_after: float,
+    conf_dir: Path | None,
     log_format: str,
     *,
     kubernetes: bool,
@@ -421,6 +437,10 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         companions.append(
             partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
         )
+    if conf_dir is not None:
+        from extbridge.node.keeper import Keeper
+
+        companions.append(partial(Keeper, conf_dir))
     cluster = None
     if kubernetes or kubeconfig is not None:
         if not node_name:

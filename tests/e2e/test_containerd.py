@@ -306,6 +306,17 @@ def test_agent_cannot_change_its_image(site: Site) -> None:
     assert "Read-only file system" in touched.stderr
 
 
+def test_agents_image_has_the_whole_command_line(site: Site) -> None:
+    """What the image leaves out of its libraries no command needs to show what it shows."""
+    for command in ("list", "networks"):
+        shown = site.node.agent.execute("extbridge", command)
+        assert (shown.status, shown.stderr) == (0, "")
+        assert "vepanet" in shown.stdout
+    tree = site.node.agent.execute("extbridge", "list", "--tree")
+    assert (tree.status, tree.stderr) == (0, "")
+    assert "findings" in site.node.agent.execute("extbridge", "doctor", "-o", "json").stdout
+
+
 def test_pod_that_ends_while_the_agent_is_down_leaves_nothing(site: Site) -> None:
     """A pod can be stopped and removed without an agent; the next one does what is left to do."""
     node = site.node
@@ -375,6 +386,10 @@ def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> No
     with _node(tmp_path, lab_nic) as node:
         running = node.kubelet.run(_holding_pod("vm"))
         node.holder(running.pod)
+        # The cluster's network writes its list anew, and the agent stands in it again.
+        chain = node.cri.root / "etc/cni/net.d/10-cluster.conflist"
+        chain.write_bytes(Path(f"{chain}.extbridge-backup").read_bytes())
+        until(lambda: b'"extbridge"' in chain.read_bytes())
         with pytest.raises(PodFailure, match="agent still runs"):
             node.kubelet.run(uninstall)
         node.agent.remove()
@@ -382,8 +397,16 @@ def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> No
             node.kubelet.run(uninstall)
         node.agent.start()
         node.kubelet.remove(running)
+        plain, other = (node.kubelet.run(_plain_pod(name, {})) for name in ("plain", "other"))
         node.agent.remove()
+        # Neither has a NIC, and yet there is now a DEL that no agent will ever read.
+        node.kubelet.remove(plain)
+        with pytest.raises(CriFailure, match="gives no answer"):
+            node.kubelet.run(_plain_pod("late", {}))
+        assert list((node.run_dir / "spool").iterdir())
         node.kubelet.remove(node.kubelet.run(uninstall))
+        assert not node.run_dir.exists()
+        node.kubelet.remove(other)
         # Again, where all is done.
         node.kubelet.remove(node.kubelet.run(uninstall))
         assert _contents(node.cri) == node.found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
@@ -131,26 +132,73 @@ def test_kubevirts_parts_name_each_other(tmp_path: Path) -> None:
     assert network.handoff == "device"
 
 
-def test_openshift_grants_what_the_agent_asks_for() -> None:
-    """The constraints name the agent's account, and allow its volumes and capabilities."""
-    manifests = rendered(DEPLOY / "overlays/openshift")
+@pytest.mark.parametrize("folder", ["overlays/openshift", "uninstall-openshift"])
+def test_openshift_grants_what_is_asked_for(folder: str) -> None:
+    """The constraints name the pods' account, and allow what they ask for and no more."""
+    manifests = rendered(DEPLOY / folder)
     granted = the("SecurityContextConstraints", manifests)
-    account = the("ServiceAccount", manifests)["metadata"]
-    assert granted["users"] == [f"system:serviceaccount:{account['namespace']}:{account['name']}"]
-    spec = the("DaemonSet", manifests)["spec"]["template"]["spec"]
+    daemon_set = the("DaemonSet", manifests)
+    spec = daemon_set["spec"]["template"]["spec"]
+    namespace = daemon_set["metadata"]["namespace"]
+    account = spec.get("serviceAccountName", "default")
+    assert granted["users"] == [f"system:serviceaccount:{namespace}:{account}"]
     volumes = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
-    # Its account's token comes as a projected one.
-    assert {*volumes, "projected"} == set(granted["volumes"])
-    (install,) = spec["initContainers"]
-    asked = install["securityContext"]["capabilities"]["add"]
-    assert asked == granted["allowedCapabilities"]
+    if spec.get("automountServiceAccountToken", True):
+        # Its account's token comes as a projected one.
+        volumes.add("projected")
+    assert volumes == set(granted["volumes"])
+    assert granted["allowHostDirVolumePlugin"] == ("hostPath" in volumes)
+    assert granted["allowHostNetwork"] == spec.get("hostNetwork", False)
+    assert granted["allowHostPID"] == spec.get("hostPID", False)
+    asked = [it["securityContext"] for it in (*spec["initContainers"], *spec["containers"])]
+    assert granted["readOnlyRootFilesystem"] == all(it["readOnlyRootFilesystem"] for it in asked)
+    assert granted["allowPrivilegedContainer"] == any(it.get("privileged") for it in asked)
+    assert granted["allowPrivilegeEscalation"] == any(
+        it.get("allowPrivilegeEscalation", True) for it in asked
+    )
+    added = {cap for it in asked for cap in it.get("capabilities", {}).get("add", [])}
+    assert added == set(granted["allowedCapabilities"])
+    # Users and SELinux types of their own choice.
+    for which in ("runAsUser", "seLinuxContext"):
+        assert granted[which] == {"type": "RunAsAny"}
+
+
+@pytest.mark.parametrize("overlay", ["multus", "kubevirt"])
+def test_other_overlays_undo_the_chained_one(overlay: str) -> None:
+    """Where `chained` has been, the next leaves nothing of it in the node's configurations."""
+    for folder, last in (("overlays/chained", "--chained"), (f"overlays/{overlay}", "--shim-only")):
+        spec = the("DaemonSet", rendered(DEPLOY / folder))["spec"]["template"]["spec"]
+        (install,) = spec["initContainers"]
+        assert install["args"][-3:] == ["--conf-dir", "/etc/cni/net.d", last]
+
+
+@pytest.mark.parametrize(
+    ("installed", "uninstalled"),
+    [
+        ("overlays/chained", "uninstall"),
+        ("overlays/multus", "uninstall"),
+        ("overlays/openshift", "uninstall-openshift"),
+    ],
+)
+def test_uninstall_looks_where_install_has_put_it(installed: str, uninstalled: str) -> None:
+    """The way back is by the folders of the way there, and refuses before it removes anything."""
+    there = the("DaemonSet", rendered(DEPLOY / installed))["spec"]["template"]["spec"]
+    back = the("DaemonSet", rendered(DEPLOY / uninstalled))["spec"]["template"]["spec"]
+    (install,) = there["initContainers"]
+    check, executables, state = back["initContainers"]
+    assert [it["name"] for it in (check, executables, state)] == ["check", "executables", "state"]
+    assert executables["args"][0] == "uninstall"
+    folders = _folders(back, executables)
+    assert _folders(there, install).items() <= folders.items()
+    given = dict(itertools.pairwise(executables["args"]))
+    assert {given[it] for it in ("--bin-dir", "--conf-dir") if it in given} == folders.keys()
 
 
 def test_manifests_and_image_are_of_the_projects_version() -> None:
     """What deploy/ runs, and what the image says that it is, is this version."""
     top = DEPLOY.parent
     version = tomllib.loads((top / "pyproject.toml").read_text())["project"]["version"]
-    for folder in ("base", "uninstall"):
+    for folder in ("base", "uninstall", "uninstall-openshift"):
         spec = the("DaemonSet", rendered(DEPLOY / folder))["spec"]["template"]["spec"]
         containers = [*spec["initContainers"], *spec["containers"]]
         assert {it["image"] for it in containers} == {f"extbridge:{version}"}
@@ -161,6 +209,12 @@ def test_manifests_and_image_are_of_the_projects_version() -> None:
 def _resources(spec: Manifest) -> dict[str, int]:
     limits = [it["resources"]["limits"].items() for it in spec["containers"]]
     return {key: number for of in limits for key, number in of if key.startswith("extbridge.io/")}
+
+
+def _folders(spec: Manifest, container: Manifest) -> dict[str, str]:
+    """The node's folders that the container has, by where it has them."""
+    hosts = {it["name"]: it["hostPath"]["path"] for it in spec["volumes"] if "hostPath" in it}
+    return {it["mountPath"]: hosts[it["name"]] for it in container["volumeMounts"]}
 
 
 def _accept(config: Manifest, networks: str) -> None:

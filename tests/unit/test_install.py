@@ -387,6 +387,18 @@ def test_executables_alone(node: Node) -> None:
     assert node.picture() == before
 
 
+@pytest.mark.parametrize("name", ["10-net.conflist", "10-net.conf"])
+def test_executables_alone_where_more_has_been(node: Node, name: str) -> None:
+    """Who goes over to Multus has nothing left in the node's own list; executables stay."""
+    node.write(name, CLUSTER if name.endswith("list") else SINGLE)
+    before = {str(path): _shown(path) for path in node.conf_dir.iterdir()}
+    node.install("--chained")
+    for _ in range(2):
+        node.install("--shim-only")
+        assert {str(path): _shown(path) for path in node.conf_dir.iterdir()} == before
+        assert sorted(os.listdir(node.bin_dir)) == ["extbridge", "extbridge-exec"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -49,10 +49,11 @@ _CONF_DIR_HINT = (
 
 
 @contextmanager
-def chained(folder: Path) -> Iterator[None]:
+def chained(folder: Path) -> Iterator[bool]:
     """When the block ends, extbridge stands last in the folder's first network configuration.
 
-    All is read and checked before the block, in which the executable is to be put in its place.
+    All is read and checked before the block, in which the executable is to be put in its place; it
+    is given whether anything of that is still to be done.
     Raises TryAgainLater where there is no configuration yet, InvalidNetworkConfig where extbridge
     cannot stand in it, IoFailure and OSError.
     """
@@ -67,14 +68,32 @@ def chained(folder: Path) -> Iterator[None]:
             _refuse_where_it_would_fail(network)
             wanted = _with_plugin(network)
             content = _encode(wanted)
-        yield
+        is_derived = target != original
+        is_other = not _has_content(target, content) if is_derived else network != wanted
+        yield is_other or bool(_all_of_ours_but(target, folder))
         _forget_all_but(target, folder)
-        if target != original:
+        if is_derived:
             _put_new(target, content, like=original)
-        elif network != wanted:
+        elif is_other:
             if not _has_plugin(network):
                 _back_up(target)
             _replace(target, content, like=target)
+
+
+def keep_chained(folder: Path) -> bool:
+    """Do what `chained` does; whether anything was amiss.
+
+    Where there is nothing left but ours, what that was made of is gone, and it goes too: the node
+    has no network any more, as its owner wants it. Raises as `chained`, but for that.
+    """
+    try:
+        with chained(folder) as is_due:
+            return is_due
+    except TryAgainLater:
+        with locked(folder, _CONF_DIR_HINT):
+            ours = _all_of_ours_but(None, folder)
+            _forget_all_but(None, folder)
+            return bool(ours)
 
 
 @contextmanager
@@ -239,7 +258,7 @@ def _take_out(path: Path, network: JsonObject) -> None:
 
 def _put_new(path: Path, content: bytes, *, like: Path | None = None) -> None:
     """Put a file of our own, which its empty backup says."""
-    if path.exists() and path.read_bytes() == content:
+    if _has_content(path, content):
         return
     _backup_of(path).touch()
     _replace(path, content, like=like)
@@ -247,9 +266,16 @@ def _put_new(path: Path, content: bytes, *, like: Path | None = None) -> None:
 
 def _forget_all_but(kept: Path | None, folder: Path) -> None:
     """Remove files of our own that an earlier install put: they would be read in `kept`'s place."""
-    for path in folder.glob(f"*{_LIST}"):
-        if path != kept and _is_made_here(path):
-            _forget(path)
+    for path in _all_of_ours_but(kept, folder):
+        _forget(path)
+
+
+def _all_of_ours_but(kept: Path | None, folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"*{_LIST}") if path != kept and _is_made_here(path)]
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() == content
 
 
 def _forget(path: Path) -> None:

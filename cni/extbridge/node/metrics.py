@@ -142,7 +142,8 @@ class Metrics:
         )
         self.repairs = Counter(
             "extbridge_reconcile_repairs",
-            "What was found amiss, at a start or in the spool, and put right, by kind.",
+            "What was found amiss, at a start, in the spool or in the runtime's configurations, and"
+            " put right, by kind.",
             ("kind",),
             registry=self._registry,
         )
