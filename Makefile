@@ -15,7 +15,7 @@ IMAGE := .venv/image-$(call digest,pyproject.toml setup.py README.md LICENSE Doc
 	tools/build-image $(SOURCES))
 WHEEL := .venv/wheel-$(call digest,pyproject.toml setup.py README.md LICENSE $(SOURCES))
 
-.PHONY: demo test bench setup image stubs debian clean
+.PHONY: demo test bench docs setup image stubs debian clean
 
 demo: setup
 	$(BIN)/extbridge demo
@@ -31,6 +31,10 @@ test: setup image
 # Asserts nothing. OPTIONS=--quick for a first look, OPTIONS=--help for the others.
 bench: setup
 	$(BIN)/python -m tests.bench $(OPTIONS)
+
+# The pages that are made of the code.
+docs: setup
+	$(BIN)/python tools/docs.py
 
 setup: debian $(WHEEL)
 

@@ -49,7 +49,7 @@ from extbridge.spec.errors import (
     NicBusy,
     OutOfReach,
 )
-from extbridge.spec.request import find_name_fault
+from extbridge.spec.request import Steps, find_name_fault
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,31 @@ def opened_pod(netns: int) -> Iterator[Pod]:
         yield Pod(netns, route)
 
 
+@contextmanager
+def opened_namespace(entry: Entry) -> Iterator[int | None]:
+    """An fd of the namespace in which the link was made; None where it cannot be reached.
+
+    An agent's container does not have the host's folder of namespaces, but it may see the host's
+    first process, and the one that holds the tap.
+    """
+    paths = [entry.netns, f"/proc/1/root{entry.netns}"]
+    if entry.holder is not None:
+        paths.append(f"/proc/{entry.holder.pid}/ns/net")
+    for path in paths:
+        with ExitStack() as closing:
+            try:
+                netns = closing.enter_context(opened_netns(path))
+            except OSError as error:
+                # Of a process that has just ended, or that is none of ours to look at.
+                if error.errno not in (errno.ESRCH, errno.EACCES, errno.EPERM):
+                    raise
+                continue
+            if netns is not None and netns_inode(netns) == entry.netns_inode:
+                yield netns
+                return
+    yield None
+
+
 def alias_of(container_id: str, cni_ifname: str) -> str:
     """What the link itself says of whose it is, so that DEL finds it without the ledger."""
     return f"{_ALIAS}:{container_id}:{cni_ifname}"
@@ -116,6 +141,7 @@ def attach(
     held: Held,
     host: Netlink,
     pod: Pod,
+    steps: Steps,
     host_process: int | None = None,
 ) -> Entry:
     """Make the attachment that `draft` describes, on the first of `lowers` that takes it.
@@ -147,21 +173,25 @@ def attach(
                 raise
             draft = replace(draft, addressing=addressing)
             intend(draft)
+            steps.mark("ipam")
         lower = _made(draft, lowers, ledger=ledger, intend=intend, host=host, netns=pod.netns)
         if entry.mode == Mode.PASSTHRU:
             # A passthru macvtap is born with the NIC's MAC whatever was asked (macvlan_newlink).
             # Which MAC that is, is not known by now: a former attempt may just have been undone.
             set_mac(pod.route, entry.ifindex, entry.mac)
+        steps.mark("link")
         guard = _guard(entry)
         with _needing(_HOOKS if guard is not None else ""):
             with inside(pod.netns):
                 silence(entry.ifindex, entry.ifname, guard)
             if guard is not None:
                 hold_checksums(pod.route, entry.ifindex)
+        steps.mark("rules")
         if entry.bandwidth is not None:
             mac = None if guard is None else guard.mac
             with _needing(_BUCKETS):
                 shape(pod.route, entry.ifindex, entry.mtu, entry.bandwidth, mac)
+            steps.mark("shaping")
         if entry.handoff == Handoff.DEVICE:
             give_node(entry.ifindex, uid=_QEMU, gid=_QEMU)
         try:
@@ -172,6 +202,7 @@ def attach(
             raise
         entry = held.finish(entry)
         undo.pop_all()
+        steps.mark("up")
         return entry
 
 
@@ -219,8 +250,8 @@ def detach_wherever(entry: Entry, *, held: Held, host_process: int | None = None
 
     Raises OutOfReach if that cannot be reached at its path, and has not ended either.
     """
-    with opened_netns(entry.netns) as netns:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
+    with opened_namespace(entry) as netns:
+        if netns is None:
             if not _ends(entry):
                 raise OutOfReach(
                     f"{entry.ifname} of {entry.container_id} is there, but its namespace is not at"
@@ -408,7 +439,7 @@ def _device_taken(draft: Entry, ledger: Ledger) -> InvalidNetworkConfig:
     holders = [it for it in ledger.entries() if it.ifindex == draft.ifindex]
     holder = f"{holders[0].ifname} of {holders[0].container_id}" if holders else "another macvtap"
     return InvalidNetworkConfig(
-        f"runtimeConfig.deviceID is {draft.ifindex}, which {holder} has",
+        f"deviceID is {draft.ifindex}, which {holder} has",
         "a device is one pod's; the runtime has to ask the device plugin for another",
     )
 

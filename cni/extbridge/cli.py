@@ -354,6 +354,12 @@ def schema() -> None:
     " IPAM plugins are run.",
 )
 @click.option(
+    "--metrics-listen",
+    metavar="ADDRESS:PORT",
+    callback=lambda _, __, given: None if given is None else _address(given),
+    help="Serve the metrics over TCP too, to whoever asks there: an IP address of the node's.",
+)
+@click.option(
     "--device-plugins",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
@@ -375,7 +381,8 @@ def schema() -> None:
     "--node-name",
     envvar="NODE_NAME",
     metavar="NAME",
-    help="The node's name in the cluster; needed with either.",
+    help="The node's name in the cluster; needed with either. Devices are numbered by it, or"
+    " else by the host's.",
 )
 @click.option(
     "--orphans-after",
@@ -390,6 +397,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
     run_dir: str,
     networks_dir: str,
     host_process: int | None,
+    metrics_listen: tuple[str, int] | None,
     device_plugins: Path | None,
     kubeconfig: Path | None,
     node_name: str | None,
@@ -409,7 +417,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         from extbridge.kube.device_plugin import DevicePlugins
         from extbridge.reservations import Reservations
 
-        reservations = Reservations(os.uname().nodename)
+        reservations = Reservations(node_name or os.uname().nodename)
         companions.append(
             partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
         )
@@ -437,6 +445,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         reservations=reservations,
         companions=companions,
         cluster=cluster,
+        metrics_address=metrics_listen,
     )
 
 
@@ -647,6 +656,17 @@ def completion(shell: str) -> None:
     click.echo(kinds[shell](cli, {}, "extbridge", "_EXTBRIDGE_COMPLETE").source())
 
 
+def _address(given: str) -> tuple[str, int]:
+    from extbridge.node.sockets import parse_address
+
+    try:
+        return parse_address(given)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{given!r} is no IP address with a port; give 192.0.2.1:9477 or [::]:9477"
+        ) from error
+
+
 def main() -> None:
     """The executable `extbridge`: an error becomes one line and its hint, exit status 1."""
     try:
@@ -654,6 +674,5 @@ def main() -> None:
     except (CniError, OSError) as failure:
         error = translate(failure)
         click.echo(f"extbridge: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"  hint: {error.hint}", err=True)
+        click.echo(f"  {'hint: ' if error.hint else ''}{error.details()}", err=True)
         sys.exit(1)

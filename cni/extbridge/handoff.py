@@ -59,12 +59,13 @@ def take_taps(
     links = _links_in(netns)
     missing = sorted(set(ifnames) - {link.name for link in links})
     if missing or not links:
-        present = ", ".join(link.name for link in links) or "none"
+        asking = "the pod gets one by the annotation extbridge.io/networks, or by Multus"
+        present = ", ".join(link.name for link in links)
         raise UnknownContainer(
             f"the namespace has no NIC {', '.join(missing)} of extbridge"
             if missing
             else "the namespace has no NIC of extbridge",
-            f"it has {present}; ADD makes them",
+            f"it has {present}" if present else asking,
         )
     with ExitStack() as undo, ExitStack() as closing:
         taps: list[Tap] = []

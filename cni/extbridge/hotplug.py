@@ -316,6 +316,7 @@ def _made(
             held=held,
             host=host,
             pod=pod,
+            steps=request.steps,
             host_process=node.host_process,
         )
 

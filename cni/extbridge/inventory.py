@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from extbridge.attachment import Pod, differences, opened_pod
+from extbridge.attachment import Pod, differences, opened_namespace, opened_pod
 from extbridge.kernel.antispoof import spoof_drops
 from extbridge.kernel.links import Counters, Link, count_our_links
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
-from extbridge.kernel.netns import inside, netns_inode, opened_netns
+from extbridge.kernel.netns import inside
 from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Holder, Ledger
 from extbridge.network.addresses import addressing_to_object
@@ -79,10 +79,12 @@ def _seen(entries: Iterable[Entry]) -> Iterator[tuple[Entry, _Seen]]:
     by_namespace: defaultdict[tuple[str, int], list[Entry]] = defaultdict(list)
     for entry in sorted(entries, key=lambda it: (it.pod, it.container_id, it.ifname)):
         by_namespace[entry.netns, entry.netns_inode].append(entry)
-    for (path, inode), those in by_namespace.items():
+    for those in by_namespace.values():
         with ExitStack() as closing:
-            netns = closing.enter_context(opened_netns(path))
-            if netns is None or netns_inode(netns) != inode:
+            # Whoever holds one of its taps may lead there.
+            held = next((it for it in those if it.holder is not None), those[0])
+            netns = closing.enter_context(opened_namespace(held))
+            if netns is None:
                 yield from ((entry, _Seen(None, None, None)) for entry in those)
                 continue
             pod = closing.enter_context(opened_pod(netns))
@@ -162,8 +164,8 @@ def _booted() -> int:
 
 
 def _differences(entry: Entry, host: Netlink) -> list[str]:
-    with opened_netns(entry.netns) as netns:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
+    with opened_namespace(entry) as netns:
+        if netns is None:
             return [f"{entry.ifname}: its namespace is not at {entry.netns}, seen from here"]
         with opened_pod(netns) as pod:
             return differences(entry, host=host, pod=pod)

@@ -98,6 +98,7 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
     result = start_from(request.prev_result, request.cni_version)
     if not nics:
         return result
+    request.steps.mark("validate")
     with ExitStack() as closing, ExitStack() as undo:
         for nic in nics:
             if nic.ifindex is not None and node.reservations is not None:
@@ -108,6 +109,7 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
         pod = closing.enter_context(opened_pod(netns))
         former = _former_names(request, len(nics), held, pod, node)
         pools = [usable_nics(host, nic.network, node.ledger) for nic in nics]
+        request.steps.mark("namespace")
         made: list[Entry] = []
         for n, nic in enumerate(nics):
             if n > 0:
@@ -123,6 +125,7 @@ def cmd_add(request: Request, node: Node) -> Mapping[str, object]:
                 host=host,
                 pod=pod,
                 host_process=node.host_process,
+                steps=request.steps,
             )
             undo.callback(
                 undo_attachment, entry, held=held, pod=pod, host_process=node.host_process

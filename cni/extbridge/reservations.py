@@ -60,7 +60,7 @@ class Reservations:
         with self._lock:
             if ifindex in self._claimed:
                 raise TryAgainLater(
-                    f"runtimeConfig.deviceID is {ifindex}, with which another NIC is just made",
+                    f"deviceID is {ifindex}, with which another NIC is just made",
                     "a device is one pod's; the runtime has to ask the device plugin for another",
                 )
             self._claimed.add(ifindex)
@@ -73,8 +73,7 @@ class Reservations:
         blocks = self._blocks
         if network not in blocks:
             raise InvalidNetworkConfig(
-                f"runtimeConfig.deviceID is {ifindex}, and the node has no devices of network"
-                f" {network}",
+                f"deviceID is {ifindex}, and the node has no devices of network {network}",
                 "its definition is broken, or gone, or was never in the agent's folder of networks",
             )
         if ifindex in blocks[network]:
@@ -82,7 +81,7 @@ class Reservations:
         owners = [other for other, block in blocks.items() if ifindex in block]
         whose = f"one of network {owners[0]}'s" if owners else "no network's"
         raise InvalidNetworkConfig(
-            f"runtimeConfig.deviceID is {ifindex}, {whose} and none of {network}'s",
+            f"deviceID is {ifindex}, {whose} and none of {network}'s",
             f"the pod has to request extbridge.io/{network}, and the attachment to name that as its"
             " resource",
         )

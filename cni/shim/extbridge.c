@@ -28,7 +28,7 @@ enum { U32 = 4, CHUNK = 4096, MAX_FDS = 250, MAX_ARGS = 1 << 16, MAX_STATUS = 25
 #define JSON "{\"cniVersion\":\"1.1.0\","
 #define FAIL(code, text) say(STDOUT_FILENO, 1, JSON "\"code\":" #code ",\"msg\":\"", text, "\"}\n")
 #define REFUSE(status, text) say(STDERR_FILENO, status, "extbridge-exec: ", text, "\n")
-#define NO_ANSWER "the extbridge agent of this node gives no answer: does it run?"
+#define NO_ANSWER "this node's extbridge agent gives no answer: does it run? (errors.md#no-answer)"
 
 static const char *run = "/run/extbridge";
 static struct sockaddr_un agent = {.sun_family = AF_UNIX};

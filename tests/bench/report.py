@@ -9,7 +9,7 @@ from statistics import median, quantiles
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.figures import FEW, MANY, STEPS, Samples
+from tests.bench.figures import FEW, LISTED, MANY, STEPS, Samples
 from tests.bench.stage import PODS_OF_A_NODE
 
 
@@ -68,6 +68,10 @@ def targets(samples: Samples) -> list[Target]:
             figures[f"ADD extbridge among {MANY}"] / figures[f"ADD extbridge among {FEW}"],
             "≤", 1.3,
         ),
+        Target(
+            f"extbridge list, {LISTED} attachments", figures["extbridge list"], "≤", 500.0, "ms"
+        ),
+        Target("extbridge --help", figures["extbridge --help"], "≤", 200.0, "ms"),
         Target("agent's start", figures["agent's start"], "≤", 1000.0, "ms"),
         Target("Allocate, of the device plugin", figures["Allocate"], "≤", 2.0, "ms"),
         Target(

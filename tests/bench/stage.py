@@ -194,6 +194,18 @@ class Stage:
 
         return milliseconds(at_once)
 
+    def time_command(self, *arguments: str) -> float:
+        """Milliseconds that `extbridge` takes as a whole process, the agent being there."""
+        return milliseconds(
+            lambda: subprocess.run(
+                (executable("extbridge"), *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "EXTBRIDGE_RUN": str(self.run_dir)},
+                check=True,
+            )
+        )
+
     def time_start(self, *options: str) -> float:
         """Milliseconds until a further agent, in a folder of its own, says that it serves."""
         with self.further_agent(*options) as (_, took):

@@ -263,6 +263,20 @@ def test_pod_that_asks_for_an_unknown_network_does_not_start(site: Site) -> None
     assert site.node.traces() == before
 
 
+def test_operator_sees_it_all_from_the_agents_container(site: Site) -> None:
+    """`kubectl exec` of extbridge list shows each VM's NIC as it is, namespaces and holders too."""
+    done = site.node.agent.execute("extbridge", "list", "-o", "json")
+    assert (done.status, done.stderr) == (0, "")
+    told = {it["container"]: it for it in json.loads(done.stdout)}
+    for vm in (site.a, site.b):
+        it = told[vm.pod.id]
+        assert (it["state"], it["holder"]["pid"]) == ("in use", vm.pid)
+        assert it["holder"]["command"] == "qemu-system-x86_64"
+        assert it["counters"] is not None
+    shown = site.node.agent.execute("extbridge", "show", site.a.pod.id)
+    assert "all is as ADD made it" in shown.stdout
+
+
 def test_agent_that_is_killed_and_restarted_is_not_noticed(site: Site) -> None:
     """While the agent dies and comes back VMs lose no packet, and keep their taps."""
     with _no_ping_is_lost(site), site.node.agent.down():

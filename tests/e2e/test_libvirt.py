@@ -21,7 +21,7 @@ import pytest
 
 from extbridge.demo.guest import Console, boot_files, guest_folder
 from extbridge.demo.lab import Lab, run
-from extbridge.network.definition import FIRST_IFINDEX
+from extbridge.network.definition import FIRST_DEVICE
 from extbridge.node.install import install_shim
 from tests.e2e.cri import children_of, until
 from tests.kernel.agents import Agent
@@ -30,7 +30,7 @@ from tests.support import Cni, require
 
 pytestmark = pytest.mark.guest
 
-RESERVED: Final = FIRST_IFINDEX + 815
+RESERVED: Final = FIRST_DEVICE + 815
 
 # QEMU's user in KubeVirt's images.
 _QEMU: Final = 107

@@ -248,7 +248,7 @@ def test_plugin_that_fails(cni: Cni, nic: Nic, pod: str, failing: Failing) -> No
     asked = {"NETNS": pod, "PATH": str(failing.folder)}
     failing.fail_at("ADD")
     error = cni("ADD", config, **asked).error
-    assert (error["code"], error["details"]) == (109, "put it out")
+    assert (error["code"], error["details"]) == (109, "put it out (errors.md#ipam-failure)")
     assert str(error["msg"]).endswith("ADD: the pool is on fire")
     assert leftovers(pod, cni.run_dir) == []
     failing.fail_at("DEL", "CHECK", "STATUS")

@@ -431,7 +431,7 @@ def test_lease_that_cannot_be_watched_leaves_nothing(tmp_path: Path) -> None:
 
     async def watch() -> int:
         with ThreadPoolExecutor(1) as threads:
-            metrics = Metrics(attachments=dict, spooled=int, broken=list)
+            metrics = Metrics(observe=list, spooled=int, broken=list)
             leases = Leases(lambda _: None, threads, metrics)
             with pytest.raises(PermissionError):
                 leases.watch(Lease(Holder(os.getpid(), 1), frozenset(), fd))

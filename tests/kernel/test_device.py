@@ -49,7 +49,7 @@ def test_number_that_is_taken_is_refused(cni: Cni, lab: Lab, nic: Nic, *, elsewh
     other = {"NETNS": second, "CONTAINERID": "container-2", "IFNAME": "net2"}
     error = cni("ADD", with_device(nic), **other).error
     assert error["code"] == 7
-    assert error["msg"] == (f"runtimeConfig.deviceID is {RESERVED}, which net1 of container-1 has")
+    assert error["msg"] == (f"deviceID is {RESERVED}, which net1 of container-1 has")
     assert [it.container_id for it in Ledger(cni.run_dir).entries()] == ["container-1"]
     assert show_link("net1", first)["ifindex"] == RESERVED
     assert cni("DEL", with_device(nic), NETNS=first).status == 0

@@ -82,6 +82,9 @@ def asked(network: str, device: str, /, **keys: object) -> dict[str, object]:
         "name": network,
         "type": "extbridge",
         "network": network,
+        # Whatever the device is, of whatever bus.
+        "deviceID": device,
+        "pciBusID": device,
         "capabilities": {"deviceID": True},
         "runtimeConfig": {"deviceID": device},
         **keys,
@@ -167,14 +170,20 @@ def test_device_comes_chained_too(
         "prevResult": {"cniVersion": "1.0.0", "interfaces": [{"name": "net1", "sandbox": pod}]},
         "runtimeConfig": {"deviceID": device, annotations: {"extbridge.io/networks": "blue"}},
     }
+    # As Multus writes it into each plugin of a list.
+    config |= {"deviceID": device, "pciBusID": device}
     run("ip", "link", "add", "net1", "type", "veth", "peer", "name", "net1p", netns=pod)
     networks.define("red")
     other = kubelet.sees("red", healthy=DEVICES)[0]
     before = picture(agent.run_dir, pod)
-    wrong = {"deviceID": other, annotations: {"extbridge.io/networks": "blue"}}
-    refused = shim("ADD", {**config, "runtimeConfig": wrong}, NETNS=pod).error
-    assert (refused["code"], picture(agent.run_dir, pod)) == (7, before)
-    assert shim("ADD", config, NETNS=pod).status == 0
+    runtime = {"deviceID": other, annotations: {"extbridge.io/networks": "blue"}}
+    wrong = {"deviceID": other, "pciBusID": other, "runtimeConfig": runtime}
+    for said in (wrong, {"runtimeConfig": runtime}):
+        refused = shim("ADD", {**config, **said}, NETNS=pod).error
+        assert (refused["code"], picture(agent.run_dir, pod)) == (7, before)
+    added = shim("ADD", config, NETNS=pod)
+    assert added.status == 0
+    assert shim("CHECK", {**config, "prevResult": added.result}, NETNS=pod).status == 0
     assert show_link("macvtap0", pod)["ifindex"] == int(device)
     assert shim("DEL", config, NETNS=pod).status == 0
 
@@ -265,11 +274,33 @@ def test_agent_restarts(
     agent.start()
     assert kubelet.sees("blue", healthy=DEVICES) == devices
     error = shim("ADD", config, NETNS=pod, CONTAINERID="container-2", IFNAME="net2").error
-    assert error["msg"] == f"runtimeConfig.deviceID is {devices[0]}, which net1 of container-1 has"
+    assert error["msg"] == f"deviceID is {devices[0]}, which net1 of container-1 has"
     assert shim("ADD", asked("blue", devices[1]), NETNS=pod, IFNAME="net2").status == 0
     for device, ifname in zip(devices, ("net1", "net2"), strict=False):
         assert shim("DEL", asked("blue", device), NETNS=pod, IFNAME=ifname).status == 0
     assert leftovers(pod, agent.run_dir) == []
+
+
+def test_devices_are_the_nodes_whatever_the_host_is_called(
+    kubelet: Kubelet, agent: Agent, shim: Cni, pod: str
+) -> None:
+    """Devices follow the node's name in the cluster, which a host that is renamed keeps."""
+    options = agent.options
+
+    def restart(node: str, host: str) -> list[str]:
+        agent.stop()
+        kubelet.sees("blue", healthy=0, unhealthy=DEVICES)
+        agent.options = (*options, "--node-name", node)
+        agent.wrapper = ("unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh")
+        agent.start()
+        return kubelet.sees("blue", healthy=DEVICES)
+
+    hosts = kubelet.sees("blue", healthy=DEVICES)
+    devices = restart("node-1", "before.example")
+    assert shim("ADD", asked("blue", devices[0]), NETNS=pod).status == 0
+    assert shim("DEL", asked("blue", devices[0]), NETNS=pod).status == 0
+    assert restart("node-1", "after.example") == devices
+    assert not {*restart("node-2", "after.example"), *hosts} & {*devices}
 
 
 def test_agent_leaves_kubelets_folder_as_it_was(kubelet: Kubelet, agent: Agent) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -234,7 +235,7 @@ def test_add_goes_on_without_the_api_server(
     worker.agent.start()
     assert worker.mac() == derived(POD)
     worker.agent.counts({f"api_failures_total{{call=look-up of a pod,kind={kind}}}": 1})
-    assert "vm=unknown, the MAC follows the pod's name" in worker.agent.log
+    assert 'vm="unknown, the MAC follows the pod\'s name"' in worker.agent.log
 
 
 def test_api_server_that_failed_is_left_alone(api: ApiServer, worker: Node) -> None:
@@ -480,14 +481,15 @@ class Reporter:
     def fail(self, message: str, name: str = POD) -> None:
         """An ADD failed with this message."""
         environ = {"CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c", "CNI_ARGS": args_of(name)}
-        answer = answer_failure(InvalidNetworkConfig(message), b"{}")
-        self.reports.observe(wire.Request(environ, b""), answer)
+        request = wire.Request(environ, b"")
+        answer = answer_failure(InvalidNetworkConfig(message), b"{}", request.id)
+        self.reports.observe(request, answer)
 
 
 @pytest.fixture
 def metrics() -> Metrics:
     """An agent's."""
-    return Metrics(attachments=dict, spooled=lambda: 0, broken=list)
+    return Metrics(observe=list, spooled=lambda: 0, broken=list)
 
 
 def outcome(metrics: Metrics, name: str) -> int:
@@ -515,9 +517,13 @@ def test_failure_that_goes_on_is_counted_in_its_event(
     """After a minute the same failure raises its Event's count; a new Event where that is gone."""
     monkeypatch.setattr(reports, "_SAME_SECONDS", 0.0)
     reporter.reports.start()
-    for number in (1, 2, 3):
+    reporter.fail("no NIC")
+    [first] = until(api.events)
+    for number in (2, 3):
         reporter.fail("no NIC")
         until(lambda number=number: [it["count"] for it in api.events()] == [number])  # type: ignore[misc]
+    [event] = api.events()
+    assert event["message"] != first["message"], "the ID is not that of the latest request"
     reporter.fail("no NIC, and another")
     until(lambda: sorted(it["count"] for it in api.events()) == [1, 3])
     api.fail("patch event", status=404)
@@ -545,11 +551,14 @@ def test_what_is_too_much_is_lost_and_counted(reporter: Reporter, metrics: Metri
 
 
 def test_message_is_as_long_as_the_api_server_takes(api: ApiServer, reporter: Reporter) -> None:
-    """A sentence that is too long for an Event is shortened, not lost; so is a pod's name in it."""
+    """A sentence that is too long for an Event is shortened, not its end; so is a pod's name."""
     reporter.reports.start()
     reporter.fail("x" * 2000, "p" * 253)
     [event] = until(api.events)
-    assert event["message"] == "x" * 1023 + "…"
+    assert len(event["message"]) == 1024
+    assert re.fullmatch(
+        r"x+…x*; \(errors\.md#invalid-network-config, request [0-9a-f]{8}\)", event["message"]
+    )
 
 
 def test_event_waits_for_the_api_server(api: ApiServer, worker: Node) -> None:

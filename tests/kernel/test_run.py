@@ -234,13 +234,15 @@ def test_without_privilege_it_says_so(pod: str) -> None:
     assert "hint: run this as root" in done.stderr
 
 
-def test_failure_of_the_kernel_is_one_line(pod: str) -> None:
+def test_failure_of_the_kernel_is_said_in_words(pod: str) -> None:
     """What the kernel refuses is said in words, with the object's name."""
     node = f"tap{show_link('net1', pod)['ifindex']}"
     Path("/dev", node).unlink()
     done = extbridge_run(pod, *PRINT)
     assert done.returncode == 1
-    assert done.stderr == f"extbridge: {node}: No such file or directory\n"
+    assert done.stderr == (
+        f"extbridge: {node}: No such file or directory\n  (errors.md#io-failure)\n"
+    )
 
 
 def extbridge_run(

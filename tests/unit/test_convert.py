@@ -19,6 +19,7 @@ from extbridge.network.spelling_xml import object_from_xml
 from extbridge.network.spelling_yaml import object_from_yaml
 from extbridge.network.store import load_network
 from extbridge.network.wanted import wanted_nics
+from extbridge.reservations import DEVICES
 from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.request import parse_request
 from tests.support import executable
@@ -198,7 +199,10 @@ def test_plugins_behind_theirs() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (resources({"name": "a", "lowerDevice": "e", "capacity": 5}), "a.capacity 5: "),
+        (
+            resources({"name": "a", "lowerDevice": "e", "capacity": 5}),
+            f"a.capacity 5: a network has {DEVICES} devices",
+        ),
         (resources({"name": "a", "lowerDevice": "e", "x": 5}), "a.x: "),
         (attachment("a", promiscMode=True), "promiscMode: a guest that"),
         (attachment("a", owner=1000), "owner: the device node is given to 107"),

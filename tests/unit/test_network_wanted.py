@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -39,6 +40,7 @@ CHAINED: dict[str, Any] = {
     "cniVersion": "1.1.0",
     "interfaces": [{"name": "eth0", "sandbox": "/run/netns/blue"}],
 }
+DEVICE = str(0x60000007)
 MACS = [f"52:54:00:00:00:0{number}" for number in range(5)]
 
 
@@ -119,6 +121,8 @@ def test_all_of_cnis_own_keys_are_taken() -> None:
         "dns": {},
         "ipam": {},
         "prevResult": None,
+        "deviceID": "",
+        "pciBusID": "",
         "cni.dev/valid-attachments": [],
         "cni.dev/later": 1,
     }
@@ -143,6 +147,8 @@ def test_all_of_cnis_own_keys_are_taken() -> None:
         ({**INLINE, "runtimeConfig": {"ips": ["192.0.2.1/33"]}}, "runtimeConfig.ips[0] is the str"),
         ({**INLINE, "runtimeConfig": {"ips": "192.0.2.1"}}, "runtimeConfig.ips is the string"),
         ({**INLINE, "runtimeConfig": {"deviceID": "7"}}, "runtimeConfig.deviceID is the string"),
+        ({**INLINE, "deviceID": "0000:3b:00.1"}, "deviceID is the string"),
+        ({**INLINE, "pciBusID": 7}, "pciBusID is the number 7"),
         ({**INLINE, "runtimeConfig": {"deviceID": "0x60000000"}}, "runtimeConfig.deviceID is the"),
         (
             {**INLINE, "runtimeConfig": {"deviceID": "0" * 11 + "1610617447"}},
@@ -330,21 +336,52 @@ def test_addresses_are_the_runtimes_or_the_annotations(antispoof: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "runtime", [{"ips": ["192.0.2.7/24"]}, {"deviceID": str(0x60000007)}], ids=str
+    "given",
+    [
+        {"runtimeConfig": {"ips": ["192.0.2.7/24"]}},
+        {"runtimeConfig": {"deviceID": DEVICE}},
+        {"deviceID": DEVICE, "pciBusID": DEVICE},
+    ],
+    ids=str,
 )
-def test_what_is_one_nics_is_not_given_to_two(runtime: dict[str, Any]) -> None:
+def test_what_is_one_nics_is_not_given_to_two(given: dict[str, Any]) -> None:
     """One address or device cannot be two NICs'; the annotation can tell addresses apart."""
     annotations = {"extbridge.io/networks": "vepanet,vepanet"}
-    config = {**INLINE, "prevResult": CHAINED, "runtimeConfig": runtime}
+    config = {**INLINE, "prevResult": CHAINED, **given}
     with pytest.raises(UnsupportedField, match="for a pod with 2 NICs"):
         wanted_nics(ask(config, annotations=annotations))
 
 
 def test_device_is_the_ifindex_that_was_reserved() -> None:
     """What a device plugin has reserved is an ifindex, given as text like every device ID."""
-    runtime = {"runtimeConfig": {"deviceID": str(0x60000007)}}
+    runtime = {"runtimeConfig": {"deviceID": DEVICE}}
     assert only(ask({**INLINE, **runtime})).ifindex == 0x60000007
     assert only(ask(INLINE)).ifindex is None
+
+
+@pytest.mark.parametrize("runtime", [{}, {"deviceID": ""}, {"deviceID": DEVICE}], ids=str)
+def test_device_comes_as_multus_writes_it(runtime: dict[str, Any]) -> None:
+    """Multus writes the device into the configuration itself, twice, with or without capability.
+
+    A chained pod that asks for no NIC passes through, whatever device it has.
+    """
+    config = {**INLINE, "deviceID": DEVICE, "pciBusID": DEVICE, "runtimeConfig": runtime}
+    assert only(ask(config)).ifindex == 0x60000007
+    pci = {**INLINE, "deviceID": "0000:3b:00.1", "pciBusID": "0000:3b:00.1"}
+    assert wanted_nics(chain(**pci)) == ()
+
+
+@pytest.mark.parametrize("other", ["runtimeConfig.deviceID", "deviceID", "pciBusID"])
+def test_two_devices_are_refused(other: str) -> None:
+    """Which of two devices was meant nobody can know; the error names where they stand."""
+    key = other.rpartition(".")[2]
+    config: dict[str, Any] = {"deviceID": DEVICE, "pciBusID": DEVICE}
+    config["runtimeConfig"] = {"deviceID": DEVICE}
+    (config["runtimeConfig"] if "." in other else config)[key] = str(0x60000008)
+    with pytest.raises(InvalidNetworkConfig, match=other) as caught:
+        wanted_nics(ask({**INLINE, **config}))
+    assert {DEVICE, str(0x60000008)} <= set(re.findall(r"\d+", caught.value.message))
+    assert "the same device" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -395,6 +432,7 @@ KEYS = [
     "capabilities",
     "runtimeConfig",
     "prevResult",
+    "pciBusID",
     "cni.dev/x",
 ]
 PARTS = ["cni", "mac", "ips", "bandwidth", "deviceID", "extbridge.io/networks", "extbridge.io/vm"]

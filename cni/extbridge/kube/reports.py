@@ -55,6 +55,8 @@ _A_MINUTE: Final = 5
 _MOST_CHARACTERS: Final = 1024
 """Of an Event's message; the API server refuses more (validation of core/v1 Event)."""
 
+_END_CHARACTERS: Final = 60
+"""Of a longer message's end, kept for the sake of CniError.details."""
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -77,11 +79,15 @@ class _Pod:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """`said` is what an ADD failed with, empty for one that made NICs of this container."""
+    """`said` is what an ADD failed with, empty for one that made NICs of this container.
+
+    `gist` is the same whenever that happens again: without the request's ID.
+    """
 
     pod: _Pod
     container_id: str
     said: str
+    gist: str
     when: datetime
     began: float
 
@@ -141,7 +147,8 @@ class Reports:
             return
         said = _sentence(answer) if answer.code else ""
         container_id = environ.get("CNI_CONTAINERID", "")
-        self._put(_Report(pod, container_id, said, datetime.now(UTC), time.monotonic()))
+        gist = said.replace(f"request {request.id}", "")
+        self._put(_Report(pod, container_id, said, gist, datetime.now(UTC), time.monotonic()))
 
     def _put(self, report: _Report | None) -> None:
         try:
@@ -184,7 +191,7 @@ class Reports:
                     return "lost"
 
     def _tell_event(self, report: _Report) -> str:
-        key = (report.pod, report.said)
+        key = (report.pod, report.gist)
         told = self._told.get(key)
         now = time.monotonic()
         if told is not None:
@@ -197,7 +204,7 @@ class Reports:
             return "counted"
         path = f"/api/v1/namespaces/{report.pod.namespace}/events"
         try:
-            if told is not None and self._retold(f"{path}/{told.name}", told, report.when):
+            if told is not None and self._retold(f"{path}/{told.name}", told, report):
                 told.told = now
             else:
                 # A pod's name may be as long as an Event's (253).
@@ -213,9 +220,14 @@ class Reports:
         recent.append(now)
         return "told"
 
-    def _retold(self, path: str, told: _Told, when: datetime) -> bool:
+    def _retold(self, path: str, told: _Told, report: _Report) -> bool:
         """Whether the Event is still there to be given its new count (--event-ttl: an hour)."""
-        patch = {"count": told.count, "lastTimestamp": _timestamp(when)}
+        patch = {
+            "count": told.count,
+            "lastTimestamp": _timestamp(report.when),
+            # The ID of the latest, which is easiest to find in a log.
+            "message": report.said,
+        }
         try:
             self._api.patch(path, patch, kind=STRATEGIC_PATCH, seconds=_CALL_SECONDS)
         except ApiFailure as failure:
@@ -280,7 +292,9 @@ def _sentence(answer: skel.Answer) -> str:
     """The error's message and hint, as the runtime was told them."""
     told = json.loads(answer.stdout)
     said = "; ".join(filter(None, (told.get("msg"), told.get("details"))))
-    return said if len(said) <= _MOST_CHARACTERS else f"{said[: _MOST_CHARACTERS - 1]}…"
+    # The end says where to read more, and which request it was.
+    kept = _MOST_CHARACTERS - 1 - _END_CHARACTERS
+    return said if len(said) <= _MOST_CHARACTERS else f"{said[:kept]}…{said[-_END_CHARACTERS:]}"
 
 
 def _status(entry: Entry) -> dict[str, object]:

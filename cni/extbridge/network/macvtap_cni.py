@@ -87,7 +87,7 @@ def _convert_resource(
     capacity = get_int(resource, "capacity", where=name) or _THEIR_CAPACITY
     if capacity != _THEIR_CAPACITY:
         converted.left_out.append(
-            f"{where}: {name}.capacity {capacity}: a NIC is offered to as many VMs as come"
+            f"{where}: {name}.capacity {capacity}: a network has 256 devices on each node"
         )
     for key in resource.keys() - {"name", "lowerDevice", "master", "mode", "capacity"}:
         converted.left_out.append(f"{where}: {name}.{key}: macvtap-cni does not know it either")

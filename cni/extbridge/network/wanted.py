@@ -72,7 +72,14 @@ _CNI_KEYS = (
     "dns",
 )
 
-_CONFIG_KEYS = tuple(dict.fromkeys((*_CNI_KEYS, "network", "networksDir", *DEFINITION_KEYS)))
+_DEVICE_KEYS = ("deviceID", "pciBusID")
+"""Where Multus writes the device that kubelet gave the pod, whatever it is, into the configuration
+of each plugin (pkg/types/conf.go, delegateAddDeviceID, addDeviceIDInConfList); into runtimeConfig
+it comes besides, for those that declare the capability."""
+
+_CONFIG_KEYS = tuple(
+    dict.fromkeys((*_CNI_KEYS, *_DEVICE_KEYS, "network", "networksDir", *DEFINITION_KEYS))
+)
 
 _MAX_VM_NAME_CHARACTERS = 253
 """What Kubernetes allows the name of an object."""
@@ -157,7 +164,7 @@ def wanted_nics(
     ifnames = _choose_ifnames(request, asked)
     macs = _choose_macs(request, runtime, asked, networks)
     ips = _choose_ips(runtime, asked, networks)
-    ifindex = _get_device(runtime, asked)
+    ifindex = _get_device(config, runtime, asked)
     limits = get_object(runtime, "bandwidth", where="runtimeConfig") or {}
     vm = _identify_vm(request, annotations, None if all(macs) else find_pod)
     return tuple(
@@ -328,14 +335,24 @@ def _choose_ips(
     return chosen
 
 
-def _get_device(runtime: JsonObject, asked: Sequence[AskedNic]) -> int | None:
-    """The ifindex that `runtimeConfig.deviceID` names."""
-    given = get_str(runtime, "deviceID", where="runtimeConfig")
-    if not given:
+def _get_device(config: JsonObject, runtime: JsonObject, asked: Sequence[AskedNic]) -> int | None:
+    """The ifindex that the device ID names, which stands in up to three places."""
+    said = {"runtimeConfig.deviceID": get_str(runtime, "deviceID", where="runtimeConfig")}
+    said |= {key: get_str(config, key) for key in _DEVICE_KEYS}
+    devices = [(where, device) for where, device in said.items() if device]
+    if not devices:
         return None
+    where, given = devices[0]
+    for other, device in devices[1:]:
+        if device != given:
+            raise InvalidNetworkConfig(
+                f"{where} is {describe(given)}, and {other} is {describe(device)}",
+                "they have to be the same device; leave them out of the configuration, the runtime"
+                " adds them",
+            )
     if len(asked) > 1:
         raise UnsupportedField(
-            f"runtimeConfig.deviceID is given for a pod with {len(asked)} NICs",
+            f"{where} is given for a pod with {len(asked)} NICs",
             "ask for one device and one network",
         )
     if (
@@ -345,7 +362,7 @@ def _get_device(runtime: JsonObject, asked: Sequence[AskedNic]) -> int | None:
         or int(given) not in _DEVICES
     ):
         raise InvalidNetworkConfig(
-            f"runtimeConfig.deviceID is {describe(given)}",
+            f"{where} is {describe(given)}",
             f"it has to be an ifindex that extbridge's device plugin has reserved, from"
             f" {FIRST_IFINDEX} to {LAST_IFINDEX}",
         )

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -140,14 +140,16 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             begin = partial(self._begin, tasks)
             go_on = partial(loop.call_soon_threadsafe, begin)
-            background = [
-                tasks.create_task(
-                    accept_scrapers(
-                        self._sockets.metrics, lambda peer: begin(self._serve_metrics(peer))
-                    )
-                ),
-                tasks.create_task(self._watch_spool(stop)),
+            served: list[tuple[socket.socket, Callable[[str], Page]]] = [
+                (self._sockets.metrics, self._page)
             ]
+            if self._sockets.scraped is not None:
+                served.append((self._sockets.scraped, self._metrics_page))
+            background = [
+                tasks.create_task(accept_scrapers(listening, partial(self._scraped, page), begin))
+                for listening, page in served
+            ]
+            background.append(tasks.create_task(self._watch_spool(stop)))
             self._phase = Phase.SERVING
             with AnsweringThreads(
                 self._sockets.cni, self._serve_cni, name="cni", number=CNI_THREADS
@@ -205,12 +207,15 @@ class Agent:
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 
-    async def _serve_metrics(self, peer: socket.socket) -> None:
+    async def _scraped(self, page: Callable[[str], Page], peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
-            await serve_scraper(peer, self._page, self._chores)
+            await serve_scraper(peer, page, self._chores)
 
     def _page(self, path: str) -> Page:
-        return self._services.page(path) or Page(CONTENT_TYPE, self._metrics.render())
+        return self._services.page(path) or self._metrics_page(path)
+
+    def _metrics_page(self, _: str) -> Page:
+        return Page(CONTENT_TYPE, self._metrics.render())
 
     def _serve_cni(self, peer: socket.socket) -> None:
         with peer, self._refusals.guarded():
@@ -242,17 +247,20 @@ class Agent:
         verb = request.environ.get("CNI_COMMAND")
         # A DEL is never told to come again: runtimes give up on it.
         if self._phase is Phase.DRAINING and verb != Verb.DEL:
-            return skel.answer_failure(_draining(verb), request.body)
+            return skel.answer_failure(_draining(verb), request.body, request.id)
         if verb != Verb.ADD:
             return self._services.answer(request, netns)
+        began = time.perf_counter()
         # One after the other: at once, their threads do little but take the interpreter from each
         # other, and all of them take twice as long. But one that hangs does not keep the others.
         in_turn = self._adding.acquire(timeout=_TURN_SECONDS)
+        turn = (time.perf_counter() - began) * 1000
         try:
-            return self._services.answer(request, netns)
+            answer = self._services.answer(request, netns)
         finally:
             if in_turn:
                 self._adding.release()
+        return replace(answer, steps={"turn": turn, **answer.steps})
 
     def _account(self, request: wire.Request, answer: skel.Answer, seconds: float) -> None:
         asked = request.environ.get("CNI_COMMAND", "")
@@ -265,8 +273,10 @@ class Agent:
         about = {
             "container": request.environ.get("CNI_CONTAINERID", ""),
             "ifname": request.environ.get("CNI_IFNAME", ""),
+            "request": request.id,
             "code": answer.code,
             "ms": round(seconds * 1000, 2),
+            **{f"{step}_ms": round(ms, 2) for step, ms in answer.steps.items()},
             **answer.notes,
         }
         if answer.code:
@@ -274,7 +284,7 @@ class Agent:
         else:
             log.info(verb, extra=about)
         if answer.stderr:
-            log.error("%s", answer.stderr)
+            log.error("request %s: %s", request.id, answer.stderr)
 
 
 def _draining(verb: str | None) -> CniError:

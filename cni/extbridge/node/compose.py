@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,9 @@ from extbridge.network.wanted import FindPod
 from extbridge.node import broker, reconcile, sockets, wire
 from extbridge.node.agent import Agent, Companion, Services
 from extbridge.node.definitions import read_networks, report_networks
-from extbridge.node.install import install_launcher
+from extbridge.node.install import LAUNCHER, install_launcher
 from extbridge.node.metrics import Metrics
+from extbridge.node.observed import Observer
 from extbridge.node.scrape import Page
 from extbridge.plugin import Node, verbs
 from extbridge.reservations import Reservations
@@ -53,6 +53,7 @@ def run_agent(
     reservations: Reservations | None = None,
     companions: Sequence[Callable[[Metrics], Companion]] = (),
     cluster: Callable[[Ledger, Metrics], Cluster] | None = None,
+    metrics_address: sockets.Address | None = None,
 ) -> None:
     """Be the node's agent until SIGTERM; of `host_process` and `reservations` see plugin.Node.
 
@@ -68,7 +69,7 @@ def run_agent(
     ledger = Ledger(run)
     spool = run / sockets.SPOOL_FOLDER
     metrics = Metrics(
-        attachments=lambda: Counter(entry.lower for entry in ledger.entries()),
+        observe=Observer(ledger),
         spooled=lambda: len(reconcile.spooled(spool)),
         broken=lambda: read_networks(networks_dir)[1],
     )
@@ -78,7 +79,9 @@ def run_agent(
     served = verbs(Node(ledger, networks_dir, host_process, reservations, find_pod))
 
     def answer(request: wire.Request, netns: int | None) -> skel.Answer:
-        return skel.run(request.environ, request.body, served, netns_fd=netns)
+        return skel.run(
+            request.environ, request.body, served, netns_fd=netns, request_id=request.id
+        )
 
     def release(lease: broker.Lease) -> None:
         free_taps(lease.holder, lease.container_ids, ledger=ledger)
@@ -100,8 +103,10 @@ def run_agent(
         loaded_program()
     except OSError as error:
         log.warning("this node cannot do antispoof, only antispoof: off: %s", error)
-    with sockets.listening(run) as listening:
-        install_launcher(run / sockets.POD_FOLDER)
+    with sockets.listening(run, metrics_address) as listening:
+        pod = run / sockets.POD_FOLDER
+        install_launcher(pod)
+        sockets.label_for_containers(pod, run / sockets.TAP_SOCKET, pod / LAUNCHER)
         made = [make(metrics) for make in companions]
         if joined is not None:
             made.append(joined)
@@ -137,8 +142,14 @@ class _TextFormatter(logging.Formatter):
     """Message first, then what belongs to it as key=value; the time is the journal's to add."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = [super().format(record), *(f"{k}={v}" for k, v in _extras(record).items())]
-        return f"{record.levelname.lower()}: {' '.join(said)}"
+        extras = (f"{key}={_shown(value)}" for key, value in _extras(record).items())
+        return f"{record.levelname.lower()}: {' '.join((super().format(record), *extras))}"
+
+
+def _shown(value: object) -> str:
+    """The value in one word of what prints: JSON, where it is none as it is."""
+    text = str(value)
+    return text if text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 class _JsonFormatter(logging.Formatter):

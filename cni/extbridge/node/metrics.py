@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter as Tally
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
+
+from extbridge.node.observed import Observed
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -17,22 +20,57 @@ _BUCKETS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 
 
 
 class _Attachments(Collector):
-    """How many attachments there are, and on which NIC: asked when somebody reads it."""
+    """How many there are, where, and what they do: asked when somebody reads it."""
 
-    def __init__(self, count: Callable[[], Mapping[str, int]]) -> None:
-        self._count = count
+    def __init__(self, observe: Callable[[], Iterable[Observed]]) -> None:
+        self._observe = observe
 
     def collect(self) -> Iterator[Metric]:
-        counted = self._count()
+        seen = list(self._observe())
+        yield GaugeMetricFamily("extbridge_attachments", "Attachments in the ledger.", len(seen))
+        yield _gauge(
+            "extbridge_network_attachments",
+            "Attachments of each network that has any.",
+            "network",
+            Tally(it.network for it in seen),
+        )
+        yield _gauge(
+            "extbridge_nic_attachments",
+            "Attachments on each NIC that has any.",
+            "nic",
+            Tally(it.nic for it in seen),
+        )
+        yield _gauge(
+            "extbridge_nic_carrier",
+            "Whether a NIC with attachments is up and has carrier (1), or not (0).",
+            "nic",
+            {it.nic: int(it.carrier) for it in seen},
+        )
+        drops = CounterMetricFamily(
+            "extbridge_spoof_drops",
+            "Frames that a guest sent and antispoof dropped, by attachment.",
+            labels=("network", "vm", "interface"),
+        )
+        # A pod that comes anew may have both its sandboxes in the ledger for a while.
+        summed: Tally[tuple[str, str, str]] = Tally()
+        for it in seen:
+            if it.spoofs is not None:
+                summed[it.network, it.vm, it.interface] += it.spoofs
+        for labels, number in sorted(summed.items()):
+            drops.add_metric(labels, number)
+        yield drops
         yield GaugeMetricFamily(
-            "extbridge_attachments", "Attachments in the ledger.", value=sum(counted.values())
+            "extbridge_spoof_drops_unread",
+            "Guarded attachments whose drops are not known: out of reach, or not their turn yet.",
+            sum(it.guarded and it.spoofs is None for it in seen),
         )
-        by_nic = GaugeMetricFamily(
-            "extbridge_nic_attachments", "Attachments on each NIC that has any.", labels=("nic",)
-        )
-        for nic, number in sorted(counted.items()):
-            by_nic.add_metric((nic,), number)
-        yield by_nic
+
+
+def _gauge(name: str, meaning: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, meaning, labels=(label,))
+    for value, number in sorted(values.items()):
+        family.add_metric((value,), number)
+    return family
 
 
 class _Broken(Collector):
@@ -55,18 +93,18 @@ class _Broken(Collector):
 class Metrics:
     """The agent's counters; what is given is asked when somebody reads them.
 
-    `attachments` are by NIC, `spooled` is a number, `broken` are names of networks.
+    `observe` looks at the attachments, `spooled` is a number, `broken` are names of networks.
     """
 
     def __init__(
         self,
         *,
-        attachments: Callable[[], Mapping[str, int]],
+        observe: Callable[[], Iterable[Observed]],
         spooled: Callable[[], int],
         broken: Callable[[], Collection[str]],
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Attachments(attachments))
+        self._registry.register(_Attachments(observe))
         self._registry.register(_Broken(broken))
         self.requests = Counter(
             "extbridge_requests",

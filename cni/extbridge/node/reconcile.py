@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from extbridge.attachment import detach_wherever
+from extbridge.attachment import detach_wherever, opened_namespace
 from extbridge.kernel.netns import netns_inode, opened_netns
 from extbridge.kernel.taps import has_node
 from extbridge.ledger import Entry, Ledger
@@ -111,8 +111,8 @@ def _is_out_of_reach(environ: Mapping[str, str], ledger: Ledger) -> bool:
     return any(
         entry.cni_ifname == environ.get("CNI_IFNAME")
         and has_node(entry.ifindex)
-        and not _can_reach(entry, entry.netns)
-        and not _can_reach(entry, environ.get("CNI_NETNS", ""))
+        and not _can_reach(entry)
+        and not _is_at(entry, environ.get("CNI_NETNS", ""))
         for entry in ledger.of(container_id)
     )
 
@@ -122,12 +122,17 @@ def _ailment(entry: Entry) -> str:
         return "link" if entry.done else "intent"
     if not entry.done:
         # Left to DEL, which brings the namespace, where an agent's container cannot see it.
-        return "intent" if _can_reach(entry, entry.netns) else ""
+        return "intent" if _can_reach(entry) else ""
     if entry.holder is not None and not entry.holder.alive():
         return "holder"
     return ""
 
 
-def _can_reach(entry: Entry, path: str) -> bool:
+def _can_reach(entry: Entry) -> bool:
+    with opened_namespace(entry) as netns:
+        return netns is not None
+
+
+def _is_at(entry: Entry, path: str) -> bool:
     with opened_netns(path) as netns:
         return netns is not None and netns_inode(netns) == entry.netns_inode

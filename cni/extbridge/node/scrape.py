@@ -1,11 +1,11 @@
-"""The metrics' socket: HTTP as far as a scraper and the command line need it."""
+"""The metrics' sockets: HTTP as far as a scraper and the command line need it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 _REQUEST_BYTES: Final = 8 << 10
 _OUT_OF_FDS_SECONDS: Final = 0.05
 
+_AT_ONCE: Final = 8
+"""Connections of one socket that are served at once; others wait in its queue."""
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -27,18 +30,32 @@ class Page:
     body: bytes
 
 
-async def accept_scrapers(listening: socket.socket, begin: Callable[[socket.socket], None]) -> None:
-    """Give each connection to `begin`, which owns it from then on; never ends."""
+async def accept_scrapers(
+    listening: socket.socket,
+    serve: Callable[[socket.socket], Coroutine[None, None, None]],
+    begin: Callable[[Coroutine[None, None, None]], None],
+) -> None:
+    """Have each connection served, which is `serve`'s from then on; never ends."""
     loop = asyncio.get_running_loop()
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def serve_and_leave(connection: socket.socket) -> None:
+        try:
+            await serve(connection)
+        finally:
+            places.release()
+
     while True:
+        await places.acquire()
         try:
             connection, _ = await loop.sock_accept(listening)
         except OSError as error:
             # Out of fds: those in flight will give some back.
+            places.release()
             log.warning("accept: %s", error)
             await asyncio.sleep(_OUT_OF_FDS_SECONDS)
             continue
-        begin(connection)
+        begin(serve_and_leave(connection))
         # As long as connections wait, sock_accept does not: everything else would.
         await asyncio.sleep(0)
 

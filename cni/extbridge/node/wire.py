@@ -61,10 +61,14 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request's parts; the environment's values as os.environ would hold them."""
+    """A request's parts; the environment's values as os.environ would hold them.
+
+    `id` is this side's own, made up when the request came.
+    """
 
     environ: dict[str, str]
     body: bytes
+    id: str = field(default_factory=lambda: os.urandom(4).hex())
 
 
 async def receive_frame(connection: socket.socket, *, limit: int, max_fds: int) -> Frame:

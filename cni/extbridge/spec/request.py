@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -56,13 +57,27 @@ class Verb(StrEnum):
     VERSION = "VERSION"
 
 
+class Steps:
+    """How long each step of a verb took, in ms and in order; from one mark to the next."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.ms: dict[str, float] = {}
+
+    def mark(self, step: str) -> None:
+        """The step has ended; one that comes again, for another NIC, takes so much longer."""
+        now = time.perf_counter()
+        self.ms[step] = self.ms.get(step, 0.0) + (now - self._last) * 1000
+        self._last = now
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A validated request; what the verb does not need, or the runtime did not give, is empty.
 
     `netns_fd` is `netns`, opened by who could see it: an agent's container may not. None: open the
-    path. The fd stays the caller's. `notes` are for the verb to fill: what a log should know of it
-    besides.
+    path. The fd stays the caller's. `notes` and `steps` are for the verb to fill: what a log should
+    know of it besides.
     """
 
     verb: Verb
@@ -77,6 +92,7 @@ class Request:
     prev_result: Mapping[str, object] | None
     netns_fd: int | None = None
     notes: dict[str, object] = field(default_factory=dict, hash=False, compare=False)
+    steps: Steps = field(default_factory=Steps, hash=False, compare=False)
 
 
 _REQUIRED: Final[Mapping[Verb, tuple[str, ...]]] = {

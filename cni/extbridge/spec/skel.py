@@ -26,6 +26,7 @@ from extbridge.spec.errors import (
 from extbridge.spec.request import (
     MAX_STDIN_BYTES,
     Request,
+    Steps,
     Verb,
     parse_request,
     read_version,
@@ -50,7 +51,7 @@ _REMEDIES: Final[Mapping[int | None, str]] = {
 class Answer:
     """What a runtime gets, and in stderr and notes what people get besides.
 
-    `code` is the error's, or 0; `notes` are the request's.
+    `code` is the error's, or 0; `notes` are the request's, and `steps` as far as it came.
     """
 
     exit_code: int
@@ -58,6 +59,7 @@ class Answer:
     stderr: str = ""
     code: int = 0
     notes: Mapping[str, object] = field(default_factory=dict, hash=False)
+    steps: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 def main(
@@ -86,18 +88,28 @@ def main(
 
 
 def run(
-    environ: Mapping[str, str], stdin: bytes, verbs: Verbs, *, netns_fd: int | None = None
+    environ: Mapping[str, str],
+    stdin: bytes,
+    verbs: Verbs,
+    *,
+    netns_fd: int | None = None,
+    request_id: str = "",
 ) -> Answer:
-    """Serve one request; raises nothing that is an Exception, so an interrupt still interrupts."""
+    """Serve one request; raises nothing that is an Exception, so an interrupt still interrupts.
+
+    An error's details end with `request_id`, if there is one: a log has it too.
+    """
+    steps = Steps()
     try:
-        request = replace(parse_request(environ, stdin), netns_fd=netns_fd)
+        request = replace(parse_request(environ, stdin), netns_fd=netns_fd, steps=steps)
         if request.verb is Verb.VERSION:
             return Answer(0, _encode(versions.report_versions(request.cni_version)))
         result = verbs[request.verb](request)
         told = _encode(result) if request.verb is Verb.ADD else b""
-        return Answer(0, told, notes=request.notes)
+        return Answer(0, told, notes=request.notes, steps=steps.ms)
     except Exception as failure:  # noqa: BLE001 - a runtime understands nothing but JSON
-        return answer_failure(failure, stdin)
+        steps.mark("failed")
+        return replace(answer_failure(failure, stdin, request_id), steps=steps.ms)
 
 
 def translate(failure: Exception) -> CniError:
@@ -116,14 +128,14 @@ def translate(failure: Exception) -> CniError:
             return InternalError(told, "please report this with the traceback on standard error")
 
 
-def answer_failure(failure: Exception, stdin: bytes) -> Answer:
-    """The answer that tells a failure, in the cniVersion that the request asked for."""
+def answer_failure(failure: Exception, stdin: bytes, request_id: str = "") -> Answer:
+    """The answer that tells a failure, in the cniVersion that the request asked for; see `run`."""
     error = translate(failure)
     asked = read_version(stdin)
     cni_version = asked if asked in versions.KNOWN else versions.NEWEST
     told = {
         key: _as_text(value) if isinstance(value, str) else value
-        for key, value in error.to_json(cni_version).items()
+        for key, value in error.to_json(cni_version, request_id).items()
     }
     trace = "".join(traceback.format_exception(failure)) if isinstance(error, InternalError) else ""
     return Answer(1, _encode(told), trace, error.code)
