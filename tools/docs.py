@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from extbridge.network.schema import schema_text
 from extbridge.node.metrics import Metrics
 from extbridge.spec.errors import CniError
 
@@ -175,6 +176,7 @@ def _said(kind: type[CniError]) -> str:
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "docs/errors.md": errors_page,
     "docs/metrics.md": metrics_page,
+    "docs/network.schema.json": schema_text,
     "deploy/monitoring/prometheusrule.yaml": rule_resource,
 }
 

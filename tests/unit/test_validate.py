@@ -97,6 +97,13 @@ def test_what_is_no_text() -> None:
     assert str(fault) == "a.yaml: byte 0 is not UTF-8; save the file as UTF-8"
 
 
+def test_what_nests_deeply() -> None:
+    """Hundreds of lists within each other are a fault like others."""
+    lists = "[" * 400 + "]" * 400
+    nested = f'{{"extbridge": {{"dev": "eth0"}}, "ipam": {{"type": "a", "x": {lists}}}}}'
+    assert faults("a.json", nested) == ["a.json:1:32: ipam nests objects and lists too deeply"]
+
+
 CONF: dict[str, Any] = {"cniVersion": "1.0.0", "name": "a", "type": "extbridge"}
 
 

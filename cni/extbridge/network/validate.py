@@ -6,12 +6,12 @@ here the key's place is looked up, what is wrong is taken out of the way, and th
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from extbridge.network.conversion import (
@@ -62,7 +62,7 @@ _STAND_INS: Final[JsonObject] = {
     "name": "n",
     "cniVersion": "1.0.0",
     "network": "n",
-    "extbridge": {"dev": "eth0"},
+    "extbridge": MappingProxyType({"dev": "eth0"}),
 }
 """Good values of what has to be there, so that the faults behind a bad one are found as well."""
 
@@ -361,7 +361,9 @@ def _check_plugin(config: JsonObject, *, is_chained: bool) -> None:
 
 def _ask(found: _Value, rules: Callable[[JsonObject], object]) -> Iterator[Fault]:
     """What the rules say of found, of each of its keys once."""
-    value = copy.deepcopy(dict(found.value))
+    value = dict(found.value)
+    if isinstance(nics := value.get("extbridge"), dict):
+        value["extbridge"] = dict(nics)
     told: set[str] = set()
     while True:
         try:
@@ -417,7 +419,7 @@ def _mend(value: dict[str, object], path: _Path, message: str) -> bool:
     missing = (key for key in _STAND_INS if message.startswith(f"{key} is"))
     key = path[0] if path else next(missing, None)
     if key in _STAND_INS:
-        value[str(key)] = copy.deepcopy(_STAND_INS[str(key)])
+        value[str(key)] = _STAND_INS[str(key)]
     elif key in value:
         del value[str(key)]
     return key is not None
