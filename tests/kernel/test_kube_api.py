@@ -19,7 +19,7 @@ import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
 from extbridge.kube import reports
-from extbridge.kube.api import Api, ApiFailure, Circuit, Failure
+from extbridge.kube.api import MERGE_PATCH, Api, ApiFailure, Circuit, Failure
 from extbridge.kube.pods import PodCache
 from extbridge.kube.reports import Reports
 from extbridge.ledger import Ledger
@@ -29,7 +29,7 @@ from extbridge.node.metrics import Metrics
 from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.skel import answer_failure
 from tests.kernel.agents import Agent, Launcher, until
-from tests.kernel.api_server import NODE, ApiServer
+from tests.kernel.api_server import NODE, RIGHTS, ApiServer, granted
 from tests.kernel.observe import leftovers, macvtaps, network_config, show_link
 from tests.support import Answer, Cni, executable, require
 
@@ -335,8 +335,8 @@ def test_nothing_is_missed_while_the_watch_is_cut(api: ApiServer, worker: Node) 
     api.put_pod("sixth")
     api.forget_history()
     api.delete_pod("second")
+    until(lambda: api.calls()["list"] == 2)
     worker.agent.counts({"pods_known": 4})
-    assert api.calls()["list"] == 2
 
 
 def test_new_token_is_taken(
@@ -596,6 +596,22 @@ def test_status_of_additional_nics_is_on_the_pod(api: ApiServer, worker: Node) -
         {"name": "vepanet", "interface": "vm0", "mac": MAC, "ips": ["10.9.0.7"], "mtu": 1500}
     ]
     assert annotations["example.com/other"] == "kept"
+
+
+def test_agents_token_changes_no_pod(api: ApiServer, worker: Node) -> None:
+    """Whoever has a node's token can choose no pod's image: its role is what the agent calls."""
+    assert granted() == set(RIGHTS.values()) - {RIGHTS["patch pod"]}
+    pod = api.put_pod(POD, annotations={NETWORKS: "vepanet"})
+    started(worker, 1)
+    assert worker.add_chained().status == 0
+    until(lambda: STATUS in annotations_of(api))
+    client = Api(api.kubeconfig)
+    image = {"metadata": {"annotations": {}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}
+    path = f"/api/v1/namespaces/default/pods/{POD}"
+    with pytest.raises(ApiFailure, match="HTTP 403"):
+        client.patch(path, image, kind=MERGE_PATCH, seconds=5)
+    client.close()
+    assert api.pod(POD)["spec"] == pod["spec"]
 
 
 def test_status_is_only_for_additional_nics(api: ApiServer, worker: Node) -> None:

@@ -267,8 +267,10 @@ class Reports:
         uid = known.uids[0] if known is not None else pod.uid
         if uid:
             metadata["uid"] = uid
+        # By its status, of which the API server takes the annotations and no spec
+        # (podStatusStrategy.PrepareForUpdate): a node's token must not change what pods run.
         self._api.patch(
-            f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}",
+            f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status",
             {"metadata": metadata},
             kind=MERGE_PATCH,
             seconds=_CALL_SECONDS,
