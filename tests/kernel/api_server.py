@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -166,7 +167,7 @@ class ApiServer:
         """Answer this call (or "any") otherwise from now on, until `behave`.
 
         `status` with `retry_after`, `slow` (seconds before the answer), `trickle` (seconds between
-        its octets), `drop` (no answer), `garbled` (no JSON), `gone` (a watch's ERROR event).
+        its octets), `drop` (no answer), `garbled` (no JSON), `told` (a watch's first event).
         """
         self._ask(do="fail", fault={"call": call, **how})
 
@@ -318,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
             if "garbled" in fault:
                 self._send(200, b'{"metadata": ')
             elif call == "watch":
-                self._watch(gone="gone" in fault)
+                self._watch([fault["told"]] if "told" in fault else [])
             else:
                 self._send(200, json.dumps(self._answered(call, url.path)).encode())
         except Refused as refused:
@@ -453,14 +454,14 @@ class Handler(BaseHTTPRequestHandler):
             "metadata": pod["metadata"],
         }
 
-    def _watch(self, *, gone: bool) -> None:
+    def _watch(self, told: list[object]) -> None:
         self.record["status"] = 200
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with suppress(OSError):
-            for event in self._changes(int(self.query["resourceVersion"]), gone=gone):
+            for event in chain(told, self._changes(int(self.query["resourceVersion"]))):
                 line = json.dumps(event).encode() + b"\n"
                 # Some events come in pieces.
                 for piece in (line[:20], line[20:]):
@@ -469,11 +470,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.close_connection = True
 
-    def _changes(self, version: int, *, gone: bool) -> Iterator[Object]:
+    def _changes(self, version: int) -> Iterator[Object]:
         store = self.server.store
         begun = store.watches
         deadline = time.monotonic() + float(self.query["timeoutSeconds"])
-        if gone or version < store.forgotten:
+        if version < store.forgotten:
             yield {
                 "type": "ERROR",
                 "object": {
