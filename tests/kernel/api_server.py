@@ -2,8 +2,9 @@
 
 A process of its own, which the real client talks to over TLS. It keeps pods and Events, versions of
 the pods and their history, answers list, watch, get, post and patch as API concepts and API
-conventions say, and records each call. What it is told to do comes as lines of JSON on its standard
-input, and its answers go to standard output; it ends with its input.
+conventions say, allows what deploy/ grants and nothing else, and records each call. What it is told
+to do comes as lines of JSON on its standard input, and its answers go to standard output; it ends
+with its input.
 """
 
 from __future__ import annotations
@@ -20,21 +21,48 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlsplit
+
+import yaml
 
 Object = dict[str, Any]
 
 ROOT: Final = Path(__file__).parents[2]
 NODE: Final = "node-1"
 
-_POD = re.compile(r"/api/v1/namespaces/([^/]+)/pods/([^/]+)")
+_POD = re.compile(r"/api/v1/namespaces/([^/]+)/pods/([^/]+)(/status)?")
 _EVENTS = re.compile(r"/api/v1/namespaces/([^/]+)/events(?:/([^/]+))?")
 _PARTIAL: Final = "application/json;as=PartialObjectMetadata"
 _BOOKMARK_SECONDS: Final = 0.5
 _SECONDS: Final = 30.0
+
+RIGHTS: Final = {
+    "list": ("list", "pods"),
+    "watch": ("watch", "pods"),
+    "get": ("get", "pods"),
+    "patch": ("patch", "pods/status"),
+    "patch pod": ("patch", "pods"),
+    "post event": ("create", "events"),
+    "patch event": ("patch", "events"),
+}
+"""What each call needs, as RBAC names it."""
+
+
+def granted() -> set[tuple[str, str]]:
+    """What the agent's role allows in the core group: verbs and resources."""
+    manifests = yaml.safe_load_all((ROOT / "deploy/base/rbac.yaml").read_text())
+    (role,) = (it for it in manifests if it["kind"] == "ClusterRole")
+    return {
+        (verb, resource)
+        for rule in role["rules"]
+        if rule["apiGroups"] == [""] and "resourceNames" not in rule
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+    }
 
 
 class ApiServer:
@@ -127,7 +155,7 @@ class ApiServer:
         return events
 
     def calls(self) -> Counter[str]:
-        """How often each call was made: list, watch, get, patch, post event, patch event."""
+        """How often each call was made, by its name in RIGHTS."""
         return Counter(call["call"] for call in self._ask(do="calls"))
 
     def recorded(self) -> list[Object]:
@@ -139,7 +167,7 @@ class ApiServer:
         """Answer this call (or "any") otherwise from now on, until `behave`.
 
         `status` with `retry_after`, `slow` (seconds before the answer), `trickle` (seconds between
-        its octets), `drop` (no answer), `garbled` (no JSON), `gone` (a watch's ERROR event).
+        its octets), `drop` (no answer), `garbled` (no JSON), `told` (a watch's first event).
         """
         self._ask(do="fail", fault={"call": call, **how})
 
@@ -204,6 +232,7 @@ class Store:
         self.faults: list[Object] = []
         self.watches = 0
         self.token = ""
+        self.granted = granted()
 
     def put(self, node: str, metadata: Object) -> Object:
         """Make or change a pod."""
@@ -285,11 +314,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         try:
-            self._authorize(fault)
+            self._authenticate(fault)
+            self._authorize(call)
             if "garbled" in fault:
                 self._send(200, b'{"metadata": ')
             elif call == "watch":
-                self._watch(gone="gone" in fault)
+                self._watch([fault["told"]] if "told" in fault else [])
             else:
                 self._send(200, json.dumps(self._answered(call, url.path)).encode())
         except Refused as refused:
@@ -302,18 +332,25 @@ class Handler(BaseHTTPRequestHandler):
             }
             self._send(refused.status, json.dumps(status).encode(), fault.get("retry_after"))
 
-    def _authorize(self, fault: Object) -> None:
+    def _authenticate(self, fault: Object) -> None:
         if "status" in fault:
             raise Refused(fault["status"], "as the test wants it")
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or token != self.server.store.token:
             raise Refused(401, "Unauthorized")
 
+    def _authorize(self, call: str) -> None:
+        if RIGHTS.get(call) not in self.server.store.granted:
+            raise Refused(403, f"the agent's role does not allow it: {call}")
+
     def _name(self, path: str) -> str:
         if path == "/api/v1/pods":
             return "watch" if self.query.get("watch") == "true" else "list"
-        if _POD.fullmatch(path):
-            return {"GET": "get", "PATCH": "patch"}.get(self.command, "?")
+        if found := _POD.fullmatch(path):
+            status = found[3] or ""
+            return {"GET": "get", "PATCH/status": "patch", "PATCH": "patch pod"}.get(
+                self.command + status, "?"
+            )
         if _EVENTS.fullmatch(path):
             return f"{self.command.lower()} event"
         return "?"
@@ -363,7 +400,10 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, "the server could not find the requested resource")
 
     def _patched(self, pod: Object) -> Object:
-        """A merge patch of its annotations (RFC 7386); another UID is a conflict."""
+        """A merge patch of its annotations (RFC 7386); another UID is a conflict.
+
+        Through the status, so whatever it has for a spec goes (podStatusStrategy.PrepareForUpdate).
+        """
         if self.headers["Content-Type"] != "application/merge-patch+json":
             raise Refused(415, "the body of the request was in an unknown format")
         metadata = dict(self.body["metadata"])
@@ -414,14 +454,14 @@ class Handler(BaseHTTPRequestHandler):
             "metadata": pod["metadata"],
         }
 
-    def _watch(self, *, gone: bool) -> None:
+    def _watch(self, told: list[object]) -> None:
         self.record["status"] = 200
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with suppress(OSError):
-            for event in self._changes(int(self.query["resourceVersion"]), gone=gone):
+            for event in chain(told, self._changes(int(self.query["resourceVersion"]))):
                 line = json.dumps(event).encode() + b"\n"
                 # Some events come in pieces.
                 for piece in (line[:20], line[20:]):
@@ -430,11 +470,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.close_connection = True
 
-    def _changes(self, version: int, *, gone: bool) -> Iterator[Object]:
+    def _changes(self, version: int) -> Iterator[Object]:
         store = self.server.store
         begun = store.watches
         deadline = time.monotonic() + float(self.query["timeoutSeconds"])
-        if gone or version < store.forgotten:
+        if version < store.forgotten:
             yield {
                 "type": "ERROR",
                 "object": {

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +20,19 @@ from typing import Any, Final
 import pytest
 
 from extbridge.demo.lab import Lab, Nic, run
-from extbridge.kube import reports
-from extbridge.kube.api import Api, ApiFailure, Circuit, Failure
+from extbridge.kube import orphans, pods, reports
+from extbridge.kube.api import MERGE_PATCH, Api, ApiFailure, Circuit, Failure
+from extbridge.kube.orphans import Orphans
 from extbridge.kube.pods import PodCache
 from extbridge.kube.reports import Reports
-from extbridge.ledger import Ledger
+from extbridge.ledger import Entry, Ledger
 from extbridge.network.mac import derive_mac
 from extbridge.node import wire
 from extbridge.node.metrics import Metrics
 from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.skel import answer_failure
 from tests.kernel.agents import Agent, Launcher, until
-from tests.kernel.api_server import NODE, ApiServer
+from tests.kernel.api_server import NODE, RIGHTS, ApiServer, granted
 from tests.kernel.observe import leftovers, macvtaps, network_config, show_link
 from tests.support import Answer, Cni, executable, require
 
@@ -41,6 +43,8 @@ MAC: Final = "52:54:00:00:00:01"
 POD: Final = "vm-pod"
 
 RETRY_LATER: Final = 300
+
+GARBLED_WATCH: Final = "extbridge_api_failures_total{call=watch of pods,kind=garbled}"
 
 # Where a pod finds its service account; /run is the test's own there, as in a container.
 IN_A_POD = (
@@ -265,7 +269,7 @@ def test_api_server_that_failed_is_left_alone(api: ApiServer, worker: Node) -> N
         ("watch", {"status": 410}, "gone"),
         ("watch", {"status": 429}, "throttled"),
         ("watch", {"status": 500}, "server"),
-        ("watch", {"gone": True}, "gone"),
+        ("watch", {"told": {"type": "ERROR", "object": {"code": 410}}}, "gone"),
         ("watch", {"drop": True}, "unreachable"),
     ],
     ids=str,
@@ -286,6 +290,86 @@ def test_failing_api_server_is_borne(
     worker.agent.counts({"pods_known": 1})
     until(lambda: f"info: API server, {call} of pods: it works again" in worker.agent.log)
     assert worker.agent.log.count(f"API server, {call} of pods: ") == 2
+
+
+# Within an event or an object, nothing is of the type that it has to be.
+UNREADABLE: Final[list[object]] = [
+    "text",
+    {"type": "MODIFIED"},
+    {"type": "MODIFIED", "object": []},
+    {"type": ["MODIFIED"], "object": {"metadata": {"resourceVersion": "1"}}},
+    {"type": "ERROR", "object": {"code": "410"}},
+    {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": 1}}},
+    {"type": "MODIFIED", "object": {"metadata": {"resourceVersion": "1", "name": ["pod"]}}},
+]
+
+
+@pytest.mark.parametrize("event", UNREADABLE, ids=lambda event: json.dumps(event)[:40])
+def test_event_that_cannot_be_read_ends_nothing(
+    api: ApiServer, worker: Node, event: object
+) -> None:
+    """After an event that makes no sense the pods are listed anew, and followed from there."""
+    started(worker, 0)
+    api.fail("watch", told=event)
+    api.end_watches()
+    until(lambda: worker.agent.metrics()[GARBLED_WATCH] >= 1)
+    # Else the same would come again.
+    until(lambda: api.calls()["list"] >= 2)
+    api.behave()
+    api.put_pod(POD)
+    worker.agent.counts({"pods_known": 1})
+    assert "Traceback" not in worker.agent.log
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"annotations": {"extbridge.io/vm": ["vm-1"]}},
+        {"annotations": {"kubernetes.io/config.hash": {}}},
+        {"annotations": ["extbridge.io/vm"]},
+        {"labels": {"kubevirt.io/domain": 1}},
+        {"uid": 1},
+    ],
+    ids=str,
+)
+def test_pod_that_cannot_be_read_is_left_out(
+    api: ApiServer, worker: Node, metadata: dict[str, object]
+) -> None:
+    """What is wrong in one pod is said and counted, costs no other its NIC, and can be mended."""
+    started(worker, 0)
+    api.put_pod("wrong", **metadata)
+    api.put_pod(POD, annotations={"extbridge.io/vm": "vm-1"})
+    worker.agent.counts({"pods_known": 1})
+    assert worker.mac() == derived("vm-1")
+    assert worker.agent.metrics()[GARBLED_WATCH] >= 1
+    assert "a pod of the node is left out: metadata." in worker.agent.log
+    assert "Traceback" not in worker.agent.log
+    api.put_pod("wrong")
+    worker.agent.counts({"pods_known": 2})
+
+
+def test_defect_does_not_end_the_cache(
+    api: ApiServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody has thought of is logged and counted, and pods are followed all the same."""
+    monkeypatch.setattr(pods, "_parse_pod", 1)
+    counted: Counter[tuple[str, str]] = Counter()
+    client = Api(api.kubeconfig)
+    cache = PodCache(client, NODE, lambda *failed: counted.update([failed]))
+    cache.start()
+    until(lambda: cache.number == 0)
+    api.put_pod(POD)
+    until(lambda: counted["watch of pods", "internal"] and counted["list of pods", "internal"])
+    assert cache.find("default", POD, "") is None
+    assert counted["look-up of a pod", "internal"] == 1
+    monkeypatch.undo()
+    until(lambda: cache.number == 1)
+    assert cache.find("default", POD, "") is not None
+    cache.stop()
+    cache._thread.join(30)
+    client.close()
+    assert caplog.text.count("API server, watch of pods: internal: TypeError") == 1
+    assert "Traceback" in caplog.text
 
 
 def test_pauses_get_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,8 +420,8 @@ def test_nothing_is_missed_while_the_watch_is_cut(api: ApiServer, worker: Node) 
     api.put_pod("sixth")
     api.forget_history()
     api.delete_pod("second")
+    until(lambda: api.calls()["list"] == 2)
     worker.agent.counts({"pods_known": 4})
-    assert api.calls()["list"] == 2
 
 
 def test_new_token_is_taken(
@@ -561,6 +645,20 @@ def test_message_is_as_long_as_the_api_server_takes(api: ApiServer, reporter: Re
     )
 
 
+def test_defect_does_not_end_reports(
+    api: ApiServer, reporter: Reporter, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report that we fail to tell is lost, and counted; those after it are told."""
+    monkeypatch.setattr(reports, "_timestamp", 1)
+    reporter.reports.start()
+    reporter.fail("no NIC")
+    until(lambda: outcome(metrics, "lost") == 1)
+    monkeypatch.undo()
+    reporter.fail("no NIC again")
+    [event] = until(api.events)
+    assert event["message"] == "no NIC again"
+
+
 def test_event_waits_for_the_api_server(api: ApiServer, worker: Node) -> None:
     """What fails while the API server is away is told when it is back; ADD does not wait for it."""
     started(worker, 0)
@@ -605,6 +703,22 @@ def test_status_of_additional_nics_is_on_the_pod(api: ApiServer, worker: Node) -
         {"name": "vepanet", "interface": "vm0", "mac": MAC, "ips": ["10.9.0.7"], "mtu": 1500}
     ]
     assert annotations["example.com/other"] == "kept"
+
+
+def test_agents_token_changes_no_pod(api: ApiServer, worker: Node) -> None:
+    """Whoever has a node's token can choose no pod's image: its role is what the agent calls."""
+    assert granted() == set(RIGHTS.values()) - {RIGHTS["patch pod"]}
+    pod = api.put_pod(POD, annotations={NETWORKS: "vepanet"})
+    started(worker, 1)
+    assert worker.add_chained().status == 0
+    until(lambda: STATUS in annotations_of(api))
+    client = Api(api.kubeconfig)
+    image = {"metadata": {"annotations": {}}, "spec": {"containers": [{"name": "c", "image": "x"}]}}
+    path = f"/api/v1/namespaces/default/pods/{POD}"
+    with pytest.raises(ApiFailure, match="HTTP 403"):
+        client.patch(path, image, kind=MERGE_PATCH, seconds=5)
+    client.close()
+    assert api.pod(POD)["spec"] == pod["spec"]
 
 
 def test_status_is_only_for_additional_nics(api: ApiServer, worker: Node) -> None:
@@ -737,6 +851,49 @@ def test_nothing_is_freed_without_the_api_servers_word(api: ApiServer, hasty: No
     assert hasty.agent.log.count("API server, look-up of pods that are gone: server") == 1
     api.behave()
     until(lambda: macvtaps(hasty.pod) == [])
+
+
+def test_defect_does_not_end_the_search(
+    api: ApiServer,
+    worker: Node,
+    metrics: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What we fail to see or free is tried again, and what comes after it is freed meanwhile."""
+    started(worker, 0)
+    config = network_config(worker.nic)
+    for ifname in ("net1", "net2"):
+        assert worker.add(config, IFNAME=ifname).status == 0
+    ledger = Ledger(worker.agent.run_dir)
+    user, read = orphans._user, ledger.entries
+
+    def fail_of_net1(entry: Entry) -> int | None:
+        if entry.ifname == "net1":
+            raise TypeError(entry.ifname)
+        return user(entry)
+
+    monkeypatch.setattr(orphans, "_user", fail_of_net1)
+    monkeypatch.setattr(ledger, "entries", lambda: read() if sought else 1)
+    sought: list[int] = []
+    client = Api(api.kubeconfig)
+    cache = PodCache(client, NODE, metrics.count_api_failure)
+    searching = Orphans(cache, ledger, metrics, host_process=None, seconds=0.2)
+    for thread in (cache, searching):
+        thread.start()
+    until(lambda: "look-up of pods that are gone: internal: TypeError" in caplog.text)
+    sought.append(1)
+    until(lambda: macvtaps(worker.pod) == ["net1"])
+    until(lambda: "is gone, is kept: TypeError: net1" in caplog.text)
+    monkeypatch.setattr(orphans, "_user", user)
+    until(lambda: macvtaps(worker.pod) == [])
+    cache.stop()
+    searching.stop()
+    searching.join(30)
+    cache._thread.join(30)
+    client.close()
+    # Sockets that the kernel takes its time to close (kernel.silence).
+    until(lambda: "netfilter close" not in {it.name for it in threading.enumerate()})
 
 
 # Its start.

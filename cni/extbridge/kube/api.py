@@ -70,6 +70,7 @@ class Failure(StrEnum):
     SERVER = "server"
     REFUSED = "refused"
     GARBLED = "garbled"
+    INTERNAL = "internal"
 
 
 _BY_STATUS: Final[Mapping[int, Failure]] = {
@@ -82,7 +83,14 @@ _BY_STATUS: Final[Mapping[int, Failure]] = {
 }
 
 LASTING: Final = frozenset(
-    {Failure.FORBIDDEN, Failure.ABSENT, Failure.CONFLICT, Failure.REFUSED, Failure.GARBLED}
+    {
+        Failure.FORBIDDEN,
+        Failure.ABSENT,
+        Failure.CONFLICT,
+        Failure.REFUSED,
+        Failure.GARBLED,
+        Failure.INTERNAL,
+    }
 )
 """What the same call would meet again."""
 
@@ -276,7 +284,28 @@ class Circuit:
             pause = max(pause * _random.uniform(0.5, 1), min(failure.pause, _LONGEST_ASKED_PAUSE))
             self._until = time.monotonic() + pause
         if is_news:
-            log.warning("API server, %s: %s: %s", self._purpose, failure.kind, failure)
+            # A traceback is for defects only.
+            is_defect = failure.kind is Failure.INTERNAL and not isinstance(
+                failure.__cause__, OSError
+            )
+            log.warning(
+                "API server, %s: %s: %s", self._purpose, failure.kind, failure,
+                exc_info=failure if is_defect else None,
+            )  # fmt: skip
+
+
+@contextmanager
+def told_internal() -> Iterator[None]:
+    """Whatever else comes of a call, as ApiFailure too: the last resort of who has to go on.
+
+    A defect of ours, or something that the node lacks for now, as a free fd for the ledger.
+    """
+    try:
+        yield
+    except ApiFailure:
+        raise
+    except Exception as error:
+        raise ApiFailure(Failure.INTERNAL, f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

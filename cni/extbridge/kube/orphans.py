@@ -18,7 +18,7 @@ from typing import Final
 
 from extbridge.attachment import detach_wherever
 from extbridge.kernel.netns import processes_in
-from extbridge.kube.api import ApiFailure, Circuit
+from extbridge.kube.api import ApiFailure, Circuit, Failure, told_internal
 from extbridge.kube.pods import PodCache
 from extbridge.ledger import Entry, Ledger
 from extbridge.node.metrics import Metrics
@@ -27,6 +27,7 @@ from extbridge.spec.errors import CniError
 log = logging.getLogger(__name__)
 
 _MOST_LOOKS_APART: Final = 60.0
+_PURPOSE: Final = "look-up of pods that are gone"
 
 
 class Orphans:
@@ -49,7 +50,8 @@ class Orphans:
         self._host_process = host_process
         self._seconds = seconds
         self._freed: Callable[[], None] = metrics.repairs.labels("orphan").inc
-        self._asking = Circuit("look-up of pods that are gone", metrics.count_api_failure)
+        self._count = metrics.count_api_failure
+        self._asking = Circuit(_PURPOSE, metrics.count_api_failure)
         self._gone_since: dict[tuple[str, str], float] = {}
         self._warned: dict[tuple[str, str], str] = {}
         self._stopping = threading.Event()
@@ -71,10 +73,10 @@ class Orphans:
         while not self._stopping.wait(min(self._seconds / 4, _MOST_LOOKS_APART)):
             if self._pods.synced and not self._asking.pause:
                 try:
-                    self._look()
-                except OSError as error:
-                    # Without a free fd the ledger cannot be read: it passes.
-                    log.warning("orphans: %s", error)
+                    with told_internal():
+                        self._look()
+                except ApiFailure as failure:
+                    self._asking.fail(failure)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -93,11 +95,13 @@ class Orphans:
             try:
                 if self._is_gone(entry):
                     self._free(entry)
-            except ApiFailure as failure:
-                self._asking.fail(failure)
-                return
+            except ApiFailure:
+                raise
             except (CniError, OSError) as error:
                 self._warn(entry, str(error))
+            except Exception as error:  # noqa: BLE001 - those after it have their turn
+                self._count(_PURPOSE, Failure.INTERNAL)
+                self._warn(entry, f"{type(error).__name__}: {error}", error)
 
     def _is_gone(self, entry: Entry) -> bool:
         """Whether the API server says now that it has no such pod."""
@@ -128,13 +132,13 @@ class Orphans:
             },
         )
 
-    def _warn(self, entry: Entry, why: str) -> None:
+    def _warn(self, entry: Entry, why: str, defect: Exception | None = None) -> None:
         key = (entry.container_id, entry.ifname)
         if self._warned.get(key) != why:
             self._warned[key] = why
             log.warning(
                 "%s of pod %s, which is gone, is kept: %s", entry.ifname, entry.pod, why,
-                extra={"container": entry.container_id},
+                extra={"container": entry.container_id}, exc_info=defect,
             )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import Final
@@ -22,11 +23,21 @@ from extbridge.kube.api import (
     ApiFailure,
     Circuit,
     Failure,
+    told_internal,
 )
 from extbridge.network.annotation import NETWORKS_ANNOTATION
 from extbridge.network.bandwidth import EGRESS_ANNOTATION, INGRESS_ANNOTATION
 from extbridge.network.wanted import VM_MARKS, PodFacts
-from extbridge.spec.fields import JsonObject
+from extbridge.spec.errors import InvalidNetworkConfig
+from extbridge.spec.fields import (
+    JsonObject,
+    as_object,
+    describe,
+    get_int,
+    get_list,
+    get_object,
+    get_str,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +50,9 @@ _WATCH_SECONDS: Final = (240, 360)
 """How long the API server is asked to keep a watch, by chance in between: not all at once end."""
 
 _SHORT_WATCH_SECONDS: Final = 1.0
+
+_ANEW: Final = frozenset({Failure.GONE, Failure.GARBLED, Failure.INTERNAL})
+"""After what the pods are listed anew: from the same version the same would come again."""
 
 _PODS: Final = "/api/v1/pods"
 _ANNOTATIONS: Final = (NETWORKS_ANNOTATION, INGRESS_ANNOTATION, EGRESS_ANNOTATION)
@@ -73,6 +87,7 @@ class PodCache:
     def __init__(self, api: Api, node: str, count: Callable[[str, str], None]) -> None:
         self._api = api
         self._node = node
+        self._count = count
         self._pods: dict[tuple[str, str], KnownPod] = {}
         self._version: str | None = None
         # From the API server's memory, which is cheap for it; anew from its disk, where that
@@ -114,7 +129,8 @@ class PodCache:
         if self._looking_up.pause:
             return None
         try:
-            found = self._in_time(namespace, name)
+            with told_internal():
+                found = self._in_time(namespace, name)
         except ApiFailure as failure:
             self._looking_up.fail(failure)
             return None
@@ -142,7 +158,8 @@ class PodCache:
 
         def ask() -> None:
             try:
-                asked.set_result(self.ask(namespace, name, LOOK_UP_SECONDS))
+                with told_internal():
+                    asked.set_result(self.ask(namespace, name, LOOK_UP_SECONDS))
             except ApiFailure as failure:
                 asked.set_exception(failure)
 
@@ -156,16 +173,18 @@ class PodCache:
         while not self._stopping.is_set():
             circuit = self._watching if self._version else self._listing
             try:
-                if self._version:
-                    self._watch(self._version)
-                else:
-                    self._list()
+                with told_internal():
+                    if self._version:
+                        self._watch(self._version)
+                    else:
+                        self._list()
             except ApiFailure as failure:
                 if self._stopping.is_set():
                     return
                 circuit.fail(failure)
-                if failure.kind is Failure.GONE:
-                    self._list_from = "" if circuit is self._listing else "0"
+                if failure.kind is Failure.GONE and circuit is self._listing:
+                    self._list_from = ""
+                if failure.kind in _ANEW:
                     self._version = None
             self._stopping.wait(circuit.pause)
 
@@ -176,14 +195,25 @@ class PodCache:
             accept=METADATA_LIST,
             seconds=CALL_SECONDS,
         )
-        items = listed.get("items")
-        self._pods = dict(map(_parse_pod, items if isinstance(items, list) else ()))
-        self._version = _get_version(listed)
+        version = _get_version(listed)
+        with _told_fields():
+            items = get_list(listed, "items") or []
+        self._pods = dict(self._parse_pods(items))
+        self._version = version
         self._list_from = "0"
         self._listing.work()
         if not self._synced.is_set():
             self._synced.set()
             log.info("pods of node %s are known", self._node, extra={"pods": len(self._pods)})
+
+    def _parse_pods(self, items: list[object]) -> Iterator[tuple[tuple[str, str], KnownPod]]:
+        """All that can be read; an ADD of another asks for it, and the others have their NICs."""
+        for item in items:
+            try:
+                yield _parse_pod(item)
+            except ApiFailure as failure:
+                self._count("list of pods", failure.kind)
+                log.warning("a pod of the node is left out: %s", failure)
 
     def _watch(self, version: str) -> None:
         seconds = _random.randint(*_WATCH_SECONDS)
@@ -195,10 +225,13 @@ class PodCache:
             ("timeoutSeconds", str(seconds)),
         ]
         began, events = time.monotonic(), 0
-        with self._api.watch(
-            _PODS, query, seconds=CALL_SECONDS, silence=seconds + CALL_SECONDS
-        ) as (told, end):
-            self._end_watch = end
+        with (
+            self._api.watch(_PODS, query, seconds=CALL_SECONDS, silence=seconds + CALL_SECONDS) as (
+                told,
+                end,
+            ),
+            self._ended_by(end),
+        ):
             if self._stopping.is_set():
                 return
             for event in told:
@@ -208,15 +241,24 @@ class PodCache:
         if not events and time.monotonic() - began < _SHORT_WATCH_SECONDS:
             raise ApiFailure(Failure.SERVER, "the watch ended as soon as it had begun")
 
+    @contextmanager
+    def _ended_by(self, end: Callable[[], None]) -> Iterator[None]:
+        """What ends a watch holds its connection, and all others of the client."""
+        self._end_watch = end
+        try:
+            yield
+        finally:
+            self._end_watch = lambda: None
+
     def _follow(self, event: JsonObject) -> None:
-        kind, obj = event.get("type"), event.get("object")
-        if not isinstance(obj, dict):
-            raise ApiFailure(Failure.GARBLED, "an event of the watch has no object")
-        if kind == "ERROR":
-            status = obj.get("code")
-            raise ApiFailure.by_status(
-                status if isinstance(status, int) else 500, str(obj.get("message"))
-            )
+        with _told_fields():
+            kind, obj = get_str(event, "type"), get_object(event, "object")
+            if kind is None or obj is None:
+                raise ApiFailure(Failure.GARBLED, "an event of the watch has no type or object")
+            if kind == "ERROR":
+                raise ApiFailure.by_status(
+                    get_int(obj, "code") or 500, get_str(obj, "message") or "no reason given"
+                )
         version = _get_version(obj)
         if kind in ("ADDED", "MODIFIED"):
             key, pod = _parse_pod(obj)
@@ -232,12 +274,14 @@ class PodCache:
 
 def _parse_pod(obj: object) -> tuple[tuple[str, str], KnownPod]:
     """The pod's key, namespace and name, and what is kept of it. Raises ApiFailure."""
-    metadata = _get_metadata(obj)
-    key = (_text(metadata, "namespace"), _text(metadata, "name"))
-    annotations = _texts(metadata, "annotations")
-    labels = _texts(metadata, "labels")
+    with _told_fields():
+        metadata = _get_metadata(as_object(obj, where="a pod"))
+        key = (_text(metadata, "namespace"), _text(metadata, "name"))
+        annotations = _texts(metadata, "annotations")
+        labels = _texts(metadata, "labels")
+        uid = _text(metadata, "uid")
     marks = (annotations.get(mark) or labels.get(mark) for mark in VM_MARKS)
-    uids = [_text(metadata, "uid"), *(annotations.get(key) for key in _MIRRORED)]
+    uids = [uid, *(annotations.get(key) for key in _MIRRORED)]
     return key, KnownPod(
         uids=tuple(dict.fromkeys(filter(None, uids))),
         facts=PodFacts(
@@ -247,24 +291,41 @@ def _parse_pod(obj: object) -> tuple[tuple[str, str], KnownPod]:
     )
 
 
-def _get_version(obj: object) -> str:
-    return _text(_get_metadata(obj), "resourceVersion")
+def _get_version(obj: JsonObject) -> str:
+    with _told_fields():
+        return _text(_get_metadata(obj), "resourceVersion")
 
 
-def _get_metadata(obj: object) -> JsonObject:
-    metadata = obj.get("metadata") if isinstance(obj, dict) else None
-    if not isinstance(metadata, dict):
+@contextmanager
+def _told_fields() -> Iterator[None]:
+    """A field of another type than it has to be, as ApiFailure."""
+    try:
+        yield
+    except InvalidNetworkConfig as error:
+        raise ApiFailure(Failure.GARBLED, str(error)) from error
+
+
+def _get_metadata(obj: JsonObject) -> JsonObject:
+    metadata = get_object(obj, "metadata")
+    if metadata is None:
         raise ApiFailure(Failure.GARBLED, "an object has no metadata")
     return metadata
 
 
 def _text(metadata: JsonObject, key: str) -> str:
-    value = metadata.get(key)
-    if not isinstance(value, str) or not value:
+    value = get_str(metadata, key, where="metadata")
+    if not value:
         raise ApiFailure(Failure.GARBLED, f"an object has no {key}")
     return value
 
 
-def _texts(metadata: JsonObject, key: str) -> dict[str, str]:
-    value = metadata.get(key)
-    return value if isinstance(value, dict) else {}
+def _texts(metadata: JsonObject, key: str) -> Mapping[str, str]:
+    """Annotations or labels. What is wrong within a text is ADD's to say, to the pod's user."""
+    texts = {}
+    for name, text in (get_object(metadata, key, where="metadata") or {}).items():
+        if not isinstance(text, str):
+            raise InvalidNetworkConfig(
+                f"metadata.{key}.{name} is {describe(text)}", "it has to be a string"
+            )
+        texts[name] = text
+    return texts

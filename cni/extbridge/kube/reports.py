@@ -27,6 +27,7 @@ from extbridge.kube.api import (
     ApiFailure,
     Circuit,
     Failure,
+    told_internal,
 )
 from extbridge.kube.pods import PodCache
 from extbridge.ledger import Entry, Ledger
@@ -161,13 +162,7 @@ class Reports:
             report = self._waiting.get()
             if report is None:
                 continue
-            try:
-                outcome = self._tell(report)
-            except OSError as error:
-                # Without a free fd the ledger cannot be read: it passes.
-                log.warning("status of pod %s: %s", report.pod.name, error)
-                outcome = "lost"
-            self._count(outcome)
+            self._count(self._tell(report))
 
     def _tell(self, report: _Report) -> str:
         """Tell it, again and again while that may help; what became of it."""
@@ -177,7 +172,8 @@ class Reports:
         while True:
             self._stopping.wait(circuit.pause)
             try:
-                outcome = tell(report)
+                with told_internal():
+                    outcome = tell(report)
                 if outcome == "told":
                     circuit.work()
                 return outcome
@@ -279,8 +275,10 @@ class Reports:
         uid = known.uids[0] if known is not None else pod.uid
         if uid:
             metadata["uid"] = uid
+        # By its status, of which the API server takes the annotations and no spec
+        # (podStatusStrategy.PrepareForUpdate): a node's token must not change what pods run.
         self._api.patch(
-            f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}",
+            f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status",
             {"metadata": metadata},
             kind=MERGE_PATCH,
             seconds=_CALL_SECONDS,
