@@ -520,6 +520,8 @@ def list_(run_dir: Path, output: str, *, tree: bool) -> None:
     """List this node's attachments: which pod has which NIC, and who holds its tap."""
     from extbridge import console
 
+    if tree and output != "table":
+        raise click.UsageError(f"--tree and -o {output} are two ways: choose one")
     told = console.attachments(run_dir)
     if tree:
         console.print_tree(told)

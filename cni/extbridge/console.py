@@ -34,6 +34,7 @@ _COLOURS: Final[Mapping[str, str]] = {
 }
 """Of what inventory calls an attachment's state."""
 
+_NOTHING: Final = "no attachments"
 _GAP: Final = "  "
 _NARROWEST: Final = 4
 
@@ -75,7 +76,11 @@ def ask(run: Path, path: str) -> list[Told] | None:
 def attachments(run: Path) -> list[Told]:
     """Every attachment (inventory.list_attachments), by the agent or without it."""
     told = ask(run, "/attachments")
-    return list_attachments(Ledger(run)) if told is None else told
+    if told is not None:
+        return told
+    if not (run / "ledger").exists():
+        click.echo(f"in {run} no agent answers, and there is no ledger", err=True)
+    return list_attachments(Ledger(run))
 
 
 def shown(run: Path, key: str) -> list[Told]:
@@ -92,7 +97,7 @@ def defined(run: Path, networks_dir: str | None) -> list[Told]:
 
 def print_attachments(told: Sequence[Told], output: str) -> None:
     """As a table, a wide one, JSON or YAML."""
-    _print(told, _ATTACHMENT_WIDE if output == "wide" else _ATTACHMENT, output, "no attachments")
+    _print(told, _ATTACHMENT_WIDE if output == "wide" else _ATTACHMENT, output, _NOTHING)
 
 
 def print_networks(told: Sequence[Told], output: str) -> None:
@@ -103,6 +108,8 @@ def print_networks(told: Sequence[Told], output: str) -> None:
 def print_tree(told: Sequence[Told]) -> None:
     """From each NIC over its networks and pods to the VM's NICs and who holds them."""
     tree: dict[str, Any] = {}
+    if not told:
+        click.echo(_NOTHING, err=True)
     for it in told:
         nic = f"{it['interface']} {it['mac']} {' '.join(it['ips'])}".rstrip()
         place = tree

@@ -312,11 +312,11 @@ def _read(name: str, folder: int) -> Entry | None:
 
 
 def _load(name: str, folder: int) -> object:
-    """The JSON in the file; None where it is none, or the file is gone."""
+    """The JSON in the file; None where it is none, or the file is gone, or a folder."""
     try:
         with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
             return json.loads(file.read())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 

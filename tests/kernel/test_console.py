@@ -166,6 +166,17 @@ def test_show_says_what_check_says(shop: Shop, key: str) -> None:
     assert OTHER_MAC not in said_of_it
 
 
+def test_what_is_no_record_is_passed_over(shop: Shop) -> None:
+    """A folder where a record should be, and a run folder that is none, do not fail a list."""
+    folder = shop.agent.run_dir / "ledger" / "container-2" / "net2.json"
+    folder.mkdir()
+    assert len(with_and_without(shop, "list").splitlines()) == 3
+    folder.rmdir()
+    done = said(shop.agent.run_dir / "nothing", "list")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no agent answers, and there is no ledger" in done.stderr
+
+
 def test_show_of_nothing_is_said(shop: Shop) -> None:
     """What there is not is no traceback, and no success."""
     done = said(shop.agent.run_dir, "show", "nobody")
@@ -204,6 +215,8 @@ def test_networks_say_what_is_amiss(shop: Shop, lab: Lab, tmp_path: Path) -> Non
     (folder / "whole.yaml").write_text(f"extbridge: {{dev: [{used}, {free}], mode: passthru}}\n")
     (folder / "broken.yaml").write_text("extbridge: {dve: eth0}\n")
     told = printed(shop.agent.run_dir, "networks", "--networks-dir", str(folder))
+    in_yaml = printed(shop.agent.run_dir, "networks", "--networks-dir", str(folder), "-o", "yaml")
+    assert [it["name"] for it in yaml.safe_load(in_yaml)] == ["broken", "vepanet", "whole"]
     broken, vepanet, whole = told.splitlines()[1:]
     assert "dve" in broken
     assert vepanet.split() == ["vepanet", "vepa", "mac", "2", "any", used, "(2)"]
