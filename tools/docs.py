@@ -91,8 +91,7 @@ success. `vm` is namespace and name as the attachment's pod or VM has them, or t
 `extbridge_spoof_drops_total` is read from the rules in each pod's namespace, at most every 5 s and
 for at most 0.5 s at a time, so that scraping costs ADD little however many pods there are. It
 counts what a guest sent and may not (another MAC, another's address, VLAN tags, a DHCP server's or
-a router's frames), not what was for others. An agent in a container reads those of VMs that run: it
-goes through the process that has the tap, and none is known of a NIC with `handoff: device`.
+a router's frames), not what was for others. An agent in a container needs hostPID for it.
 """
 
 ALERTS: Final = "deploy/monitoring/alerts.yaml"

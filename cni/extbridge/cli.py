@@ -88,6 +88,15 @@ _pods_netns = click.option(
 )
 
 
+_host_process = click.option(
+    "--host-process",
+    type=click.IntRange(min=1),
+    metavar="PID",
+    help="In an agent's container: a process of the host, mostly 1, in whose mount namespace IPAM"
+    " plugins are run.",
+)
+
+
 @cli.command()
 @click.argument("pod")
 @click.option("--network", required=True, metavar="NAME", help="One that is defined on this node.")
@@ -96,6 +105,7 @@ _pods_netns = click.option(
 @click.option("--ip", "ips", multiple=True, metavar="ADDRESS", help="May be given again.")
 @_qmp
 @_pods_netns
+@_host_process
 @click.option(
     "--networks-dir",
     default="/etc/cni/extbridge.d",
@@ -112,6 +122,7 @@ def attach(
     ips: tuple[str, ...],
     qmp: str | None,
     netns: str | None,
+    host_process: int | None,
     networks_dir: str,
 ) -> None:
     """Make one more NIC in a POD that runs, and plug it into its QEMU.
@@ -129,7 +140,7 @@ def attach(
     from extbridge.plugin import Node
 
     entry = plug_nic(
-        Node(Ledger.from_environment(os.environ), networks_dir),
+        Node(Ledger.from_environment(os.environ), networks_dir, host_process),
         pod,
         AskedNic(network, interface, mac, ips),
         model=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
@@ -153,6 +164,7 @@ def attach(
 @click.argument("nic", metavar="IFNAME|MAC")
 @_qmp
 @_pods_netns
+@_host_process
 @click.option(
     "--timeout",
     default=30.0,
@@ -161,7 +173,15 @@ def attach(
     type=click.FloatRange(min=0, min_open=True),
     help="How long the guest may take to let go of it.",
 )
-def detach(pod: str, nic: str, *, qmp: str | None, netns: str | None, timeout: float) -> None:
+def detach(
+    pod: str,
+    nic: str,
+    *,
+    qmp: str | None,
+    netns: str | None,
+    host_process: int | None,
+    timeout: float,
+) -> None:
     """Take a NIC that `attach` made out of its POD's QEMU, and unmake it.
 
     A QEMU that has it needs --qmp, and a guest that listens.
@@ -171,7 +191,8 @@ def detach(pod: str, nic: str, *, qmp: str | None, netns: str | None, timeout: f
     from extbridge.plugin import Node
 
     ledger = Ledger.from_environment(os.environ)
-    entry = unplug_nic(Node(ledger), pod, nic, qmp=qmp, netns=netns, seconds=timeout)
+    node = Node(ledger, host_process=host_process)
+    entry = unplug_nic(node, pod, nic, qmp=qmp, netns=netns, seconds=timeout)
     click.echo(f"{entry.ifname} {entry.mac} is gone")
 
 
@@ -354,13 +375,7 @@ def schema() -> None:
     metavar="FOLDER",
     help="Where networks are defined, for configurations that name no networksDir.",
 )
-@click.option(
-    "--host-process",
-    type=click.IntRange(min=1),
-    metavar="PID",
-    help="For an agent in a container: a process of the host, mostly 1, in whose mount namespace"
-    " IPAM plugins are run.",
-)
+@_host_process
 @click.option(
     "--metrics-listen",
     metavar="ADDRESS:PORT",
@@ -627,6 +642,7 @@ _ANYWHERE = click.Path(path_type=Path, readable=False)
 @click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
+@_no_color
 def doctor(
     *,
     run_dir: Path,

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +16,8 @@ from urllib.parse import quote
 
 import click
 
-from extbridge.inventory import Told, list_attachments, list_defined, show_attachments
-from extbridge.ledger import Holder, Ledger
+from extbridge.inventory import Told, command_of, list_attachments, list_defined, show_attachments
+from extbridge.ledger import Ledger
 from extbridge.network.spelling_yaml import values_to_yaml
 from extbridge.network.store import DEFAULT_DIRECTORY
 from extbridge.node.sockets import METRICS_SOCKET
@@ -66,10 +65,13 @@ def ask(run: Path, path: str) -> list[Told] | None:
     except OSError:
         return None
     head, _, body = answer.partition(b"\r\n\r\n")
-    # An agent that is older has its metrics there.
+    # An agent that is older has its metrics there, and one that ends may not get to the end.
     if b"application/json" not in head:
         return None
-    told: list[Told] = json.loads(body)
+    try:
+        told: list[Told] = json.loads(body)
+    except ValueError:
+        return None
     return told
 
 
@@ -269,7 +271,7 @@ def _events(before: Told | None, after: Told | None) -> Iterator[Mapping[str, st
     if was is not None and was != holder:
         happened.append(f"given back by process {was.pid}")
     if holder is not None and was != holder:
-        happened.append(f"taken by process {holder.pid}{_command(holder)}")
+        happened.append(f"taken by process {holder.pid} ({command_of(holder) or 'ended'})")
     if after is None and before is not None and before["done"]:
         happened.append("detached")
     for what in happened:
@@ -286,12 +288,6 @@ def _events(before: Told | None, after: Told | None) -> Iterator[Mapping[str, st
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _command(holder: Holder) -> str:
-    with suppress(OSError):
-        return f" ({Path(f'/proc/{holder.pid}/comm').read_text(encoding='utf-8').strip()})"
-    return ""
 
 
 def _coloured(state: str) -> str:
@@ -324,6 +320,11 @@ def _short(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.0f}P"
+
+
+def _spoofs(drops: Mapping[str, int]) -> int:
+    """What the guest sent and may not; what others sent to it is not its doing."""
+    return sum(number for reason, number in drops.items() if reason != "destination")
 
 
 def _free(it: Told) -> str:
@@ -361,7 +362,7 @@ _ATTACHMENT_WIDE: Final = (
     _Column("IN/OUT", lambda it: _rates(it["bandwidth"])),
     _Column("RX", lambda it: _traffic(it["counters"], "rx"), is_number=True),
     _Column("TX", lambda it: _traffic(it["counters"], "tx"), is_number=True),
-    _Column("DROPS", lambda it: str(sum(it["drops"].values())), is_number=True),
+    _Column("DROPS", lambda it: str(_spoofs(it["drops"])), is_number=True),
 )
 _NETWORK: Final = (
     _Column("NETWORK", lambda it: it["name"]),

@@ -41,6 +41,7 @@ from extbridge.attachment import (
     detach,
     detach_wherever,
     free_ifname,
+    opened_namespace,
     opened_pod,
     sweep,
     undo_attachment,
@@ -68,7 +69,7 @@ from extbridge.spec.errors import (
     UnknownContainer,
     UnsupportedField,
 )
-from extbridge.spec.fields import get_object, get_objects, get_str
+from extbridge.spec.fields import get_object, get_objects, get_str, printable
 from extbridge.spec.request import Request, Verb, find_ifname_fault, parse_request
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def plug_nic(
 
     async def plug() -> Entry:
         async with AsyncExitStack() as closing:
-            there = closing.enter_context(_opened_netns(netns or beside.netns, beside))
+            there = closing.enter_context(_opened_netns(netns, beside))
             qemu, bus = None, None
             if qmp is not None:
                 qemu = await closing.enter_async_context(_connected(qmp))
@@ -269,12 +270,13 @@ def _wanted(
 
 
 @contextmanager
-def _opened_netns(path: str, entry: Entry) -> Iterator[int]:
-    """The namespace in which the entry's pod is, if it is the one at the path."""
-    with opened_netns(path) as netns:
+def _opened_netns(path: str | None, entry: Entry) -> Iterator[int]:
+    """The namespace in which the entry's pod is, at the path where one is given."""
+    with opened_netns(path) if path is not None else opened_namespace(entry) as netns:
         if netns is None or netns_inode(netns) != entry.netns_inode:
             raise InvalidEnvironment(
-                f"the network namespace of {entry.pod or entry.container_id} is not at {path}",
+                f"the network namespace of {entry.pod or entry.container_id} is not at"
+                f" {path or entry.netns}",
                 "give a path with --netns, such as /proc/PID/ns/net of a process of the pod",
             )
         yield netns
@@ -391,10 +393,11 @@ async def _connected(path: str) -> AsyncIterator[_Qemu]:
             yield _Qemu(client, holder, path)
         except ExecuteError as error:
             command = error.sent.get("execute")
-            raise QemuRefused(f"QEMU refuses {command}: {_plain(error)}") from error
+            raise QemuRefused(f"QEMU refuses {command}: {printable(str(error))}") from error
         except QMPError as error:
             raise QemuRefused(
-                f"{path}: {_plain(error)}", "it has to be a QMP socket, and QEMU has to live"
+                f"{path}: {printable(str(error))}",
+                "it has to be a QMP socket, and QEMU has to live",
             ) from error
         finally:
             await _disconnect(client)
@@ -484,7 +487,8 @@ class _Qemu:
                 await self._step(undo, "device_add", device, partial(self._try_unplug, name))
             except ExecuteError as error:
                 raise QemuRefused(
-                    f"QEMU refuses device_add: {_plain(error)}", _PORT_HINT if bus is None else ""
+                    f"QEMU refuses device_add: {printable(str(error))}",
+                    _PORT_HINT if bus is None else "",
                 ) from error
             undo.pop_all()
 
@@ -559,7 +563,7 @@ class _Qemu:
         try:
             await self._delete(f"{_WITH_ID}/{name}", ANSWER_SECONDS)
         except (QMPError, QemuRefused) as error:
-            log.warning("rollback of the device %s in QEMU: %s", name, _plain(error))
+            log.warning("rollback of the device %s in QEMU: %s", name, printable(str(error)))
 
     async def _devices(self, where: str) -> list[str]:
         has = await self._properties(where)
@@ -582,8 +586,3 @@ async def _disconnect(client: QMPClient) -> None:
     with suppress(QMPError, OSError, EOFError):
         async with asyncio.timeout(ANSWER_SECONDS):
             await client.disconnect()
-
-
-def _plain(error: Exception) -> str:
-    """What a pod's process says, for root's terminal."""
-    return "".join(it if it.isprintable() else "?" for it in str(error))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from extbridge.network.definition import Antispoof, Mode, Network
 from extbridge.network.store import list_networks, load_network
 from extbridge.nics import survey, usable_nics
 from extbridge.spec.errors import CniError
+from extbridge.spec.fields import printable
 
 Told: TypeAlias = Mapping[str, Any]
 """A JSON object: an attachment, or a network."""
@@ -99,7 +100,8 @@ def _told(entry: Entry, seen: _Seen) -> Told:
     told = {} if addressing is None else addressing_to_object(addressing)
     drops: Mapping[str, int] = {}
     if seen.pod is not None and seen.link is not None and entry.antispoof != Antispoof.OFF:
-        with inside(seen.pod.netns):
+        # Of a pod that is just ending there is nothing to read.
+        with suppress(OSError), inside(seen.pod.netns):
             drops = spoof_drops(entry.ifindex)
     return {
         "pod": entry.pod,
@@ -148,13 +150,20 @@ def _state(entry: Entry, seen: _Seen) -> str:
 
 def _holder(holder: Holder) -> Told:
     """The process; without a command where it has ended."""
-    command = ""
-    if holder.alive():
-        argv = Path(f"/proc/{holder.pid}/cmdline").read_bytes().split(b"\0")
-        command = os.path.basename(argv[0].decode(errors="replace"))
     started = _booted() + holder.started / os.sysconf("SC_CLK_TCK")
     since = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
-    return {"pid": holder.pid, "command": command, "since": since}
+    return {"pid": holder.pid, "command": command_of(holder), "since": since}
+
+
+def command_of(holder: Holder) -> str:
+    """The command that the process runs, as it says itself; empty where it has ended."""
+    try:
+        if not holder.alive():
+            return ""
+        argv = Path(f"/proc/{holder.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return printable(os.path.basename(argv[0].decode(errors="replace")))
 
 
 def _booted() -> int:

@@ -177,6 +177,20 @@ def test_what_is_no_record_is_passed_over(shop: Shop) -> None:
     assert "no agent answers, and there is no ledger" in done.stderr
 
 
+def test_no_process_writes_on_roots_terminal(shop: Shop, launcher: Launcher) -> None:
+    """What a holder calls itself is shown without what would forge a line or colour it."""
+    forged = "\x1b[2Jall is well\n52:54:00:00:00:07"
+    with launcher.start(shop.pods[1], "bash", "-c", f"exec -a '{forged}' sleep 60") as process:
+        try:
+            until(lambda: "all is well" in printed(shop.agent.run_dir, "list"))
+            for how in ("-otable", "-owide", "--tree"):
+                told = printed(shop.agent.run_dir, "list", how)
+                assert "?[2Jall is well?52:54" in told
+                assert "\x1b" not in told
+        finally:
+            process.kill()
+
+
 def test_show_of_nothing_is_said(shop: Shop) -> None:
     """What there is not is no traceback, and no success."""
     done = said(shop.agent.run_dir, "show", "nobody")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from extbridge.attachment import differences, opened_pod
+from extbridge.attachment import differences, opened_namespace, opened_pod
 from extbridge.doctor.finding import Finding, failure, ok, warning
 from extbridge.kernel.links import Link, list_our_links, nsid_of
 from extbridge.kernel.netlink import NETLINK_ROUTE, Netlink
@@ -38,7 +38,8 @@ def check_attachments(run: Path) -> Iterator[Finding]:
     yield from _check_files(run, entries)
     orphans = nodes - {entry.ifindex for entry in entries}
     yield from _check_orphans({ifindex for ifindex in orphans if has_node(ifindex)})
-    yield ok("ledger", f"{sound} of {len(entries)} attachments are as they were made")
+    if sound == len(entries):
+        yield ok("ledger", f"all {sound} attachments are as they were made")
 
 
 def _check_entry(entry: Entry, host: Netlink) -> Iterator[Finding]:
@@ -53,13 +54,13 @@ def _check_entry(entry: Entry, host: Netlink) -> Iterator[Finding]:
     if entry.holder is not None and not entry.holder.alive():
         what = f"process {entry.holder.pid}, which had its tap, has ended and holds it still"
         yield warning(subject, what, _RESTART)
-    with opened_netns(entry.netns) as netns:
-        if netns is None or netns_inode(netns) != entry.netns_inode:
+    with opened_namespace(entry) as netns:
+        if netns is None:
             yield failure(
                 subject,
                 f"its link is there, but its namespace is not at {entry.netns}",
                 "if the pod is gone, a process that stands in the namespace keeps it: end that;"
-                " in a container, run this where the host's namespaces are seen",
+                " in a container, run this where the host's processes are seen (hostPID)",
             )
             return
         if not entry.done:

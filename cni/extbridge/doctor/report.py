@@ -11,6 +11,7 @@ from typing import Final
 import click
 
 from extbridge.doctor.finding import Finding, Level
+from extbridge.spec.fields import printable
 
 _COLOURS: Final = {Level.OK: "green", Level.WARNING: "yellow", Level.FAILURE: "red"}
 _WIDTH: Final = max(map(len, Level))
@@ -36,11 +37,6 @@ def report(findings: Iterable[Finding], *, as_json: bool) -> int:
 
 def _print(finding: Finding) -> None:
     level = click.style(finding.level.ljust(_WIDTH), fg=_COLOURS[finding.level])
-    click.echo(f"{level}  {_printable(finding.subject)}: {_printable(finding.what)}")
+    click.echo(f"{level}  {printable(finding.subject)}: {printable(finding.what)}")
     if finding.todo:
-        click.echo(f"{'':{_WIDTH}}  to do: {_printable(finding.todo)}")
-
-
-def _printable(text: str) -> str:
-    """File names and aliases are others' words."""
-    return "".join(it if it.isprintable() else "?" for it in text)
+        click.echo(f"{'':{_WIDTH}}  to do: {printable(finding.todo)}")

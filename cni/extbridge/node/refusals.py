@@ -16,6 +16,7 @@ from typing import Final
 
 from extbridge.node.metrics import Metrics
 from extbridge.node.wire import WireError
+from extbridge.spec.fields import printable
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Refusals:
                 return
             self._due[reason] = now + _TOLD_EVERY_SECONDS
             untold = self._untold.pop(reason, 0)
-        shown = "".join(it if it.isprintable() else "?" for it in sentence[:_LONGEST])
+        shown = printable(sentence[:_LONGEST])
         log.warning("refused: %s", shown, extra={"reason": reason, "untold": untold})
 
     @contextmanager

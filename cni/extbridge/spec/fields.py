@@ -22,6 +22,11 @@ _SHOWN_CHARACTERS = 60
 _BEYOND_64_BITS = 1 << 64
 
 
+def printable(text: str) -> str:
+    """Others' words for a terminal or a log: what is not printable could forge a line."""
+    return "".join(it if it.isprintable() else "?" for it in text)
+
+
 def get_str(obj: JsonObject, key: str, *, where: str = "") -> str | None:
     """The string under key; raises InvalidNetworkConfig for what as_str refuses."""
     value = obj.get(key)
