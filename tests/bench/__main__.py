@@ -66,11 +66,10 @@ def bench(runs: int, pairs: int, file: Path, *, quick: bool) -> None:
             ("ADD and DEL, in turns with macvlan's and the kernel's", figures.time_requests),
             ("ADD without an agent", figures.time_in_process),
             ("the agent's start", figures.time_start),
-            ("the device plugin", figures.time_devices),
             ("many at once", figures.time_at_once),
             ("hand-off", figures.time_hand_off),
             ("ADD on a full node", figures.time_on_full_node),
-            ("with Kubernetes", figures.time_in_cluster),
+            ("with Kubernetes and device plugins", figures.time_with_everything),
         ):
             console.print(f"{time.monotonic() - began:4.0f} s  {what}")
             take(stage, samples, runs)

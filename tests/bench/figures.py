@@ -37,7 +37,6 @@ from extbridge.network.definition import Mode
 from extbridge.reservations import DEVICES
 from extbridge.spec import skel
 from tests.bench.stage import PODS_OF_A_NODE, BenchFailure, Plugin, Pod, Stage, milliseconds
-from tests.kernel.kubelet import Kubelet
 
 FEW: Final = 10
 MANY: Final = 1000
@@ -105,29 +104,6 @@ def time_start(stage: Stage, samples: Samples, runs: int) -> None:
         samples["agent's start"].append(stage.time_start())
 
 
-def time_devices(stage: Stage, samples: Samples, runs: int) -> None:
-    """The device plugin: what kubelet waits for, and the agent's start and size with it."""
-    networks = stage.run_dir.with_name("networks")
-    networks.mkdir()
-    definition = {"extbridge": {"mode": "bridge", "dev": stage.shim.nic}}
-    (networks / "bench.json").write_text(json.dumps(definition), encoding="utf-8")
-    resource = "extbridge.io/bench"
-    with Kubelet(stage.run_dir.with_name("kubelet")) as kubelet:
-        options = ("--networks-dir", str(networks), "--device-plugins", str(kubelet.folder))
-        kubelet.start()
-        for _ in range(max(5, runs // 10)):
-            with stage.further_agent(*options) as (_, took):
-                samples["agent's start, device plugins"].append(took)
-        with stage.further_agent(*options) as (agent, _):
-            [device, *_] = kubelet.sees("bench", healthy=DEVICES)
-            for name in ("", "Allocate"):
-                # The first ones meet cold caches.
-                taken = kubelet.ask("time_allocate", resource=resource, device=device, times=runs)
-                if name:
-                    samples[name] += taken
-            samples["agent RSS, device plugins, KiB"].append(_resident_kib(agent))
-
-
 def time_at_once(stage: Stage, samples: Samples, runs: int) -> None:
     """As many pods as a node has, all at once and one after the other."""
     take = stage.pods(4 * PODS_OF_A_NODE)
@@ -184,14 +160,25 @@ def time_on_full_node(stage: Stage, samples: Samples, runs: int) -> None:
     some(FEW, runs // 2)
 
 
-def time_in_cluster(stage: Stage, samples: Samples, runs: int) -> None:
-    """ADD by an agent that belongs to a cluster, in turns with one that does not; and its size."""
-    member = stage.join_cluster()
+def time_with_everything(stage: Stage, samples: Samples, runs: int) -> None:
+    """An agent with Kubernetes and device plugins, as a node has it: start, Allocate, ADD, size.
+
+    ADD is in turns with that of an agent that has neither.
+    """
+    kubelet = stage.make_cluster()
     for _ in range(max(5, runs // 10)):
-        samples["agent's start, Kubernetes"].append(stage.time_start(*stage.in_cluster))
+        samples["agent's start, everything on"].append(stage.time_start(*stage.in_cluster))
+    member = stage.join_cluster()
+    [device, *_] = kubelet.sees(stage.network, healthy=DEVICES)
+    resource = f"extbridge.io/{stage.network}"
+    for name in ("", "Allocate"):
+        # The first ones meet cold caches.
+        taken = kubelet.ask("time_allocate", resource=resource, device=device, times=runs)
+        if name:
+            samples[name] += taken
     take, take_known = stage.pods(_POOL), stage.pods(_POOL, known=True)
     jobs: list[Callable[[], Undo]] = [
-        lambda: _attach(stage, samples, "extbridge, Kubernetes", member, take_known()),
+        lambda: _attach(stage, samples, "extbridge, everything on", member, take_known()),
         lambda: _attach(stage, samples, "extbridge beside it", stage.shim, take()),
     ]
     for _ in range(runs):
@@ -199,7 +186,7 @@ def time_in_cluster(stage: Stage, samples: Samples, runs: int) -> None:
             undo()
     standing = [(member, take_known()) for _ in range(PODS_OF_A_NODE)]
     _ask_at_once(stage, "ADD", standing)
-    samples["agent RSS, Kubernetes, KiB"].append(_resident_kib(stage.member))
+    samples["agent RSS, everything on, KiB"].append(_resident_kib(stage.member))
     _ask_at_once(stage, "DEL", standing)
 
 

@@ -28,6 +28,7 @@ from extbridge.demo.lab import Lab, run
 from extbridge.node import wire
 from extbridge.node.sockets import CNI_SOCKET, TAP_SOCKET
 from tests.kernel.api_server import NODE, ApiServer
+from tests.kernel.kubelet import Kubelet
 from tests.support import executable
 
 MACVLAN: Final = "/usr/lib/cni/macvlan"
@@ -269,11 +270,18 @@ class Stage:
         file.write_text(json.dumps(config), encoding="utf-8")
         return Plugin(path, file, nic, self.run_dir)
 
-    def join_cluster(self) -> Plugin:
-        """Have a second agent, which belongs to a cluster where the node has all its pods.
+    def make_cluster(self) -> Kubelet:
+        """Have a cluster where the node has all its pods, and a kubelet, which is the answer.
 
-        `member` is its process, `in_cluster` its options. The answer is the shim that asks it.
+        `in_cluster` is what an agent's options are there, `network` the one that it offers.
         """
+        networks = self._folder / "networks"
+        networks.mkdir()
+        definition = {"extbridge": {"mode": "bridge", "dev": self.shim.nic}}
+        self.network = "bench"
+        (networks / f"{self.network}.json").write_text(json.dumps(definition), encoding="utf-8")
+        kubelet = self._stack.enter_context(Kubelet(self._folder / "kubelet"))
+        kubelet.start()
         folder = self._folder / "api"
         folder.mkdir()
         api = self._stack.enter_context(ApiServer(folder))
@@ -284,7 +292,17 @@ class Stage:
                 annotations={f"example.com/{key}": "x" * 200 for key in range(10)},
                 managedFields=[{"manager": "kubelet", "fieldsV1": {"f:x" * 100: {}}}] * 3,
             )
-        self.in_cluster = ("--kubeconfig", str(api.kubeconfig), "--node-name", NODE)
+        self.in_cluster = (
+            *("--kubeconfig", str(api.kubeconfig), "--node-name", NODE),
+            *("--networks-dir", str(networks), "--device-plugins", str(kubelet.folder)),
+        )
+        return kubelet
+
+    def join_cluster(self) -> Plugin:
+        """Have a second agent, which belongs to the cluster; `member` is its process.
+
+        The answer is the shim that asks it.
+        """
         self.member = self._start_agent(self._folder / "member", *self.in_cluster)
         deadline = time.monotonic() + _START_SECONDS
         while b"are known" not in (self._folder / "member.log").read_bytes():

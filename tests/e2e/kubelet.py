@@ -16,10 +16,9 @@ from typing import Any, Final
 
 from extbridge.reservations import DEVICES
 from tests.e2e.cri import Containerd, Executed, Pod, until
+from tests.kernel.api_server import NODE, ApiServer
 from tests.kernel.kubelet import Kubelet as DeviceManager
 from tests.manifests import Manifest, write_config_map
-
-NODE: Final = "node-1"
 
 # Said to the scheduler and the API server, not to the node.
 _NOT_THE_NODES: Final = ("nodeSelector", "tolerations", "priorityClassName")
@@ -34,7 +33,6 @@ _MULTUS: Final = "k8s.v1.cni.cncf.io"
 _UNITS: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 _TOKEN: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a folder
-_API_SERVER: Final = "192.0.2.1"
 
 
 class PodFailure(Exception):
@@ -67,11 +65,13 @@ class RunningPod:
 class Kubelet:
     """What runs pods on containerd's node; volumes are made in `folder`, of these ConfigMaps.
 
-    With `devices` it gives out resources, and attaches NetworkAttachmentDefinitions as Multus does.
+    The API server has each pod before it runs; nobody deletes it there. With `devices` it gives out
+    resources, and attaches NetworkAttachmentDefinitions as Multus does.
     """
 
     cri: Containerd
     folder: Path
+    api: ApiServer
     config_maps: dict[str, Mapping[str, str]] = field(default_factory=dict)
     devices: DeviceManager | None = None
     attachments: tuple[Manifest, ...] = ()
@@ -95,7 +95,7 @@ class Kubelet:
             allocated: dict[str, list[str]] = {}
             inits, others = (
                 [
-                    _container(
+                    self._container(
                         it,
                         security,
                         namespaces,
@@ -107,7 +107,9 @@ class Kubelet:
                 ]
                 for kind in ("initContainers", "containers")
             )
-        pod = self.cri.run_pod(name, self._sandbox(manifest, namespaces, [*inits, *others]))
+        uid = secrets.token_hex(8)
+        self.api.put_pod(uid=uid, **manifest["metadata"])
+        pod = self.cri.run_pod(name, self._sandbox(manifest, uid, namespaces, [*inits, *others]))
         running = RunningPod(pod, {}, grace)
         try:
             self._attach(manifest, running, allocated)
@@ -216,14 +218,18 @@ class Kubelet:
             raise PodFailure(f"exit {ended}: {self.log(running.pod.name, _name(container))}")
 
     def _sandbox(
-        self, manifest: Manifest, namespaces: Mapping[str, int], containers: list[Container]
+        self,
+        manifest: Manifest,
+        uid: str,
+        namespaces: Mapping[str, int],
+        containers: list[Container],
     ) -> Mapping[str, object]:
         metadata = manifest["metadata"]
         return {
             "metadata": {
                 "name": metadata["name"],
                 "namespace": metadata["namespace"],
-                "uid": secrets.token_hex(8),
+                "uid": uid,
             },
             # With the node's network it has the node's name (generatePodSandboxConfig).
             "hostname": "" if namespaces["network"] == _OF_NODE else metadata["name"],
@@ -269,10 +275,63 @@ class Kubelet:
 
     def _token(self, manifest: Manifest) -> Path:
         made = self.folder / secrets.token_hex(4)
-        authority = Path("/etc/ssl/certs/ca-certificates.crt").read_text(encoding="utf-8")
-        files = {"token": "none", "ca.crt": authority}
+        account = self.api.kubeconfig.parent
+        files = {name: (account / name).read_text() for name in ("token", "ca.crt")}
         write_config_map(made, {**files, "namespace": manifest["metadata"]["namespace"]})
         return made
+
+    def _container(
+        self,
+        spec: Manifest,
+        pods_security: Manifest,
+        namespaces: Mapping[str, int],
+        volumes: Mapping[str, Path],
+        pod: str,
+        *,
+        allocated: list[Manifest],
+    ) -> Container:
+        """What the CRI is asked for, but not yet made."""
+        with _all_of(spec, f"container {spec['name']}") as left:
+            probes: dict[str, Manifest] = {
+                kind: left.pop(kind)
+                for kind in ("startupProbe", "readinessProbe", "livenessProbe")
+                if kind in left
+            }
+            mounts = [_mount(it, volumes) for it in left.pop("volumeMounts", [])]
+            if _TOKEN in volumes:
+                mounts.append(_from(_TOKEN, volumes[_TOKEN], is_readonly=True))
+            devices = []
+            for answer in allocated:
+                with _all_of(answer, "Allocate") as given:
+                    for mount in given.pop("mounts", []):
+                        is_readonly = mount.pop("read_only")
+                        mounts.append({**mount, "readonly": is_readonly})
+                    # Spelled as in the CRI.
+                    devices += given.pop("devices", [])
+            environment = dict(_variable(it) for it in left.pop("env", []))
+            environment |= {
+                "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+                "KUBERNETES_SERVICE_PORT": str(self.api.port),
+            }
+            name = left.pop("name")
+            config = {
+                "metadata": {"name": name},
+                "image": {"image": left.pop("image")},
+                "command": left.pop("command", []),
+                "args": left.pop("args", []),
+                "envs": _pairs(environment),
+                "mounts": mounts,
+                "devices": devices,
+                "log_path": f"{pod}-{name}.log",
+                "linux": {
+                    "resources": _resources(left.pop("resources", {})),
+                    "security_context": {
+                        "namespace_options": namespaces,
+                        **_security({**pods_security, **left.pop("securityContext", {})}),
+                    },
+                },
+            }
+        return Container("", config, probes)
 
 
 def pod_of(daemon_set: Manifest) -> Manifest:
@@ -284,56 +343,6 @@ def pod_of(daemon_set: Manifest) -> Manifest:
         "namespace": owner["namespace"],
     }
     return {"metadata": metadata, "spec": template["spec"]}
-
-
-def _container(
-    spec: Manifest,
-    pods_security: Manifest,
-    namespaces: Mapping[str, int],
-    volumes: Mapping[str, Path],
-    pod: str,
-    *,
-    allocated: list[Manifest],
-) -> Container:
-    """What the CRI is asked for, but not yet made."""
-    with _all_of(spec, f"container {spec['name']}") as left:
-        probes: dict[str, Manifest] = {
-            kind: left.pop(kind)
-            for kind in ("startupProbe", "readinessProbe", "livenessProbe")
-            if kind in left
-        }
-        mounts = [_mount(it, volumes) for it in left.pop("volumeMounts", [])]
-        if _TOKEN in volumes:
-            mounts.append(_from(_TOKEN, volumes[_TOKEN], is_readonly=True))
-        devices = []
-        for answer in allocated:
-            with _all_of(answer, "Allocate") as given:
-                for mount in given.pop("mounts", []):
-                    is_readonly = mount.pop("read_only")
-                    mounts.append({**mount, "readonly": is_readonly})
-                # Spelled as in the CRI.
-                devices += given.pop("devices", [])
-        environment = dict(_variable(it) for it in left.pop("env", []))
-        environment |= {"KUBERNETES_SERVICE_HOST": _API_SERVER, "KUBERNETES_SERVICE_PORT": "443"}
-        name = left.pop("name")
-        config = {
-            "metadata": {"name": name},
-            "image": {"image": left.pop("image")},
-            "command": left.pop("command", []),
-            "args": left.pop("args", []),
-            "envs": _pairs(environment),
-            "mounts": mounts,
-            "devices": devices,
-            "log_path": f"{pod}-{name}.log",
-            "linux": {
-                "resources": _resources(left.pop("resources", {})),
-                "security_context": {
-                    "namespace_options": namespaces,
-                    **_security({**pods_security, **left.pop("securityContext", {})}),
-                },
-            },
-        }
-    return Container("", config, probes)
 
 
 def _security(context: Manifest) -> dict[str, object]:

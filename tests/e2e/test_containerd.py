@@ -2,7 +2,8 @@
 
 The agent is the image's, run as the rendered DaemonSet says, and the VMs' pods are those of
 deploy/examples. containerd, runc, the plugins of the pod network, QEMU and the guests are the real
-ones; the test does what a kubelet would do, through the CRI. Two VMs serve most tests.
+ones; the test does what a kubelet would do, through the CRI, and has an API server that grants what
+the manifests' role does. Two VMs serve most tests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,7 @@ import yaml
 
 from extbridge.demo.guest import Console, Guest, qemu_command
 from extbridge.demo.lab import Lab
+from extbridge.kube.reports import STATUS_ANNOTATION
 from extbridge.ledger import Entry, Ledger
 from extbridge.network.definition import FIRST_DEVICE
 from tests.e2e.cri import Containerd, CriFailure, Executed, Pod, containerd, until
@@ -34,6 +37,7 @@ from tests.e2e.kubelet import (
     RunningPod,
     pod_of,
 )
+from tests.kernel.api_server import ApiServer
 from tests.kernel.kubelet import Kubelet as DeviceManager
 from tests.kernel.observe import ledger_of, link_names, tables
 from tests.manifests import DEPLOY, Manifest, rendered, the
@@ -263,6 +267,25 @@ def test_pod_that_asks_for_an_unknown_network_does_not_start(site: Site) -> None
     with pytest.raises(CriFailure, match=r"vepante.*vepanet"):
         site.node.kubelet.run(_plain_pod("typo", {_NETWORKS: "vepante"}))
     assert site.node.traces() == before
+    [event] = until(site.node.kubelet.api.events)
+    assert event["involvedObject"]["name"] == "typo"
+    assert "vepante" in event["message"]
+
+
+def test_cluster_is_told_of_the_vms_nic(site: Site) -> None:
+    """With the image's client and its own token, the agent follows pods and writes their status."""
+    api = site.node.kubelet.api
+    [entry] = site.node.entries(site.a.pod)
+
+    def status() -> str:
+        annotations = api.pod(site.a.pod.name)["metadata"]["annotations"]
+        return str(annotations.get(STATUS_ANNOTATION, ""))
+
+    [nic] = json.loads(until(status))
+    assert (nic["name"], nic["interface"], nic["mac"]) == ("vepanet", entry.ifname, entry.mac)
+    calls = api.recorded()
+    assert {"list", "watch", "patch"} <= {it["call"] for it in calls}
+    assert [it for it in calls if it["status"] >= HTTPStatus.BAD_REQUEST] == []
 
 
 def test_operator_sees_it_all_from_the_agents_container(site: Site) -> None:
@@ -416,7 +439,9 @@ def test_uninstall_leaves_the_node_as_it_was(lab_nic: str, tmp_path: Path) -> No
 def _node(folder: Path, nic: str) -> Iterator[Node]:
     """A node whose pods have a point-to-point link for their pod network, and `vepanet`."""
     manifests = rendered(_overlay(folder / "deploy", "", nic))
-    with containerd(folder) as cri:
+    account = folder / "account"
+    account.mkdir()
+    with containerd(folder) as cri, ApiServer(account) as api:
         chain = {
             "cniVersion": "1.0.0",
             "name": "cluster",
@@ -426,7 +451,8 @@ def _node(folder: Path, nic: str) -> Iterator[Node]:
         found = _contents(cri)
         cri.import_image(ARCHIVE, "localhost/extbridge:latest")
         networks = the("ConfigMap", manifests)
-        kubelet = Kubelet(cri, folder / "pods", {networks["metadata"]["name"]: networks["data"]})
+        config_maps = {networks["metadata"]["name"]: networks["data"]}
+        kubelet = Kubelet(cri, folder / "pods", api, config_maps)
         yield Node(cri, kubelet, Agent(kubelet, the("DaemonSet", manifests)), found)
 
 
