@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from extbridge.kube.reports import Reports
 from extbridge.ledger import Entry, Ledger
 from extbridge.network.mac import derive_mac
 from extbridge.node import wire
+from extbridge.node.agent import CNI_THREADS
 from extbridge.node.metrics import Metrics
 from extbridge.spec.errors import InvalidNetworkConfig
 from extbridge.spec.skel import answer_failure
@@ -250,6 +252,29 @@ def test_api_server_that_failed_is_left_alone(api: ApiServer, worker: Node) -> N
         assert worker.mac() == derived(POD)
     assert api.calls()["get"] == 1
     assert worker.agent.log.count("API server, look-up of a pod") == 1
+
+
+def test_many_adds_at_once_do_not_pile_up(api: ApiServer, worker: Node) -> None:
+    """However many pods come while the API server is slow, few ask, and no thread is left of it."""
+    api.fail("list", status=500, retry_after=RETRY_LATER)
+    api.fail("get", slow=60)
+    worker.agent.start()
+    before = len(worker.agent.threads)
+    config = network_config(worker.nic)
+
+    def add(number: int) -> int:
+        name = f"pod-{number}"
+        return worker.add(
+            config, CONTAINERID=name, IFNAME=f"net{number}", ARGS=args_of(name)
+        ).status
+
+    with ThreadPoolExecutor(2 * CNI_THREADS) as runtime:
+        assert set(runtime.map(add, range(2 * CNI_THREADS))) == {0}
+    assert 1 <= api.calls()["get"] <= CNI_THREADS
+    # The API server holds its answers for longer than this.
+    until(lambda: len(worker.agent.threads) <= before)
+    for number in range(2 * CNI_THREADS):
+        assert worker.shim("DEL", config, CONTAINERID=f"pod-{number}").status == 0
 
 
 # The cache.
