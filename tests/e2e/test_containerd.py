@@ -216,7 +216,7 @@ def test_vm_reaches_another_across_the_switch(site: Site) -> None:
         # The one that the ledger holds to be the holder has the tap, and is QEMU.
         process = site.node.process(vm.pid)
         assert os.readlink(process / "exe").endswith("/qemu-system-x86_64")
-        opened = [fd.readlink().name for fd in (process / "fd").iterdir()]
+        opened = _opened(process)
         assert [name for name in opened if "tap" in name] == [f"tap{entry.ifindex}"]
 
 
@@ -365,6 +365,15 @@ def device_node(site: Site) -> Iterator[Node]:
         yield replace(site.node, kubelet=kubelet)
 
 
+def _opened(process: Path) -> list[str]:
+    """The names of the files that the process has open; some may be closed while they are read."""
+    names = []
+    for fd in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(fd.readlink().name)
+    return names
+
+
 def test_pod_with_a_device_needs_no_host_path(device_node: Node) -> None:
     """With a network's resource in its limits a restricted pod gets the launcher, and its tap."""
     before = device_node.traces()
@@ -375,8 +384,8 @@ def test_pod_with_a_device_needs_no_host_path(device_node: Node) -> None:
         [entry] = device_node.entries(running.pod)
         assert (entry.ifname, entry.definition) == ("net1", "vepanet")
         assert entry.ifindex >= FIRST_DEVICE
-        opened = [fd.readlink().name for fd in (device_node.process(pid) / "fd").iterdir()]
-        assert f"tap{entry.ifindex}" in opened
+        # The ledger knows the holder a moment before it has the tap.
+        until(lambda: f"tap{entry.ifindex}" in _opened(device_node.process(pid)))
         assert _taps(device_node, running) == []
         mounts = (device_node.process(pid) / "mountinfo").read_text().splitlines()
         [options] = [it.split()[5] for it in mounts if it.split()[4] == "/run/extbridge/pod"]
