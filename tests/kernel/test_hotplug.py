@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,6 +117,15 @@ def fds_of(pid: int) -> dict[int, str]:
     return found
 
 
+def settled_fds(pid: int) -> dict[int, str]:
+    """The same when a QEMU that has just begun, or has just lost a client, is done with that."""
+    before: dict[int, str] = {}
+    while (now := fds_of(pid)) != before:
+        before = now
+        time.sleep(0.2)
+    return now
+
+
 def test_nic_is_plugged_with_every_queue(
     pod: str, vm: int, run_dir: Path, networks: Path, tmp_path: Path
 ) -> None:
@@ -162,9 +172,8 @@ def test_qemu_that_can_take_no_fd_leaves_nothing(
 ) -> None:
     """A QEMU that has room for one queue but not for two takes none, and nothing is left."""
     qmp = tmp_path / "qmp"
-    opened = fds_of(vm)
     before = [picture(run_dir, pod), state(qmp, vm)]
-    until(lambda: fds_of(vm) == opened)
+    opened = settled_fds(vm)
     # The connection has the first number that is free, the first queue the second.
     third = [fd for fd in range(1024) if fd not in opened][2]
     run("prlimit", "--pid", str(vm), f"--nofile={third}:1024")
