@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+_run_dir = click.option(
+    "--run-dir",
+    envvar="EXTBRIDGE_RUN",
+    default="/run/extbridge",
+    show_default=True,
+    metavar="FOLDER",
+    # What cannot be read is told of by whoever reads it.
+    type=click.Path(path_type=Path, readable=False),
+    help="Where the agent's sockets, ledger and spool are.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="extbridge-cni")
 def cli() -> None:
@@ -360,14 +372,7 @@ def schema() -> None:
 
 
 @cli.command()
-@click.option(
-    "--run-dir",
-    envvar="EXTBRIDGE_RUN",
-    default="/run/extbridge",
-    show_default=True,
-    metavar="FOLDER",
-    help="Where sockets, ledger and spool are.",
-)
+@_run_dir
 @click.option(
     "--networks-dir",
     default="/etc/cni/extbridge.d",
@@ -424,7 +429,7 @@ def schema() -> None:
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 def agent(  # noqa: PLR0917 - click calls it, by keyword
-    run_dir: str,
+    run_dir: Path,
     networks_dir: str,
     host_process: int | None,
     metrics_listen: tuple[str, int] | None,
@@ -440,7 +445,6 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
     """Serve this node: answer the CNI shim, hand taps to VM containers."""
     from extbridge.node.compose import run_agent
 
-    run = Path(run_dir)
     reservations = None
     companions: list[Callable[[Metrics], Companion]] = []
     if device_plugins is not None:
@@ -450,7 +454,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
 
         reservations = Reservations(node_name or os.uname().nodename)
         companions.append(
-            partial(DevicePlugins, device_plugins, Path(networks_dir), run, reservations)
+            partial(DevicePlugins, device_plugins, Path(networks_dir), run_dir, reservations)
         )
     if conf_dir is not None:
         from extbridge.node.keeper import Keeper
@@ -473,7 +477,7 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
             orphan_seconds=orphans_after,
         )
     run_agent(
-        run,
+        run_dir,
         networks_dir,
         as_json=log_format == "json",
         host_process=host_process,
@@ -482,17 +486,6 @@ def agent(  # noqa: PLR0917 - click calls it, by keyword
         cluster=cluster,
         metrics_address=metrics_listen,
     )
-
-
-_run_dir = click.option(
-    "--run-dir",
-    envvar="EXTBRIDGE_RUN",
-    default="/run/extbridge",
-    show_default=True,
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="Where sockets, ledger and spool are.",
-)
 
 
 def _no_colour(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
@@ -599,15 +592,7 @@ _ANYWHERE = click.Path(path_type=Path, readable=False)
 
 
 @cli.command()
-@click.option(
-    "--run-dir",
-    envvar="EXTBRIDGE_RUN",
-    default="/run/extbridge",
-    show_default=True,
-    metavar="FOLDER",
-    type=_ANYWHERE,
-    help="Where the agent's sockets, ledger and spool are.",
-)
+@_run_dir
 @click.option(
     "--networks-dir",
     default="/etc/cni/extbridge.d",

@@ -8,7 +8,7 @@ amiss does not fail it: it is what somebody wants to see.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from extbridge.ledger import Entry, Holder, Ledger
 from extbridge.network.addresses import addressing_to_object
 from extbridge.network.definition import Antispoof, Mode, Network
 from extbridge.network.store import list_networks, load_network
-from extbridge.nics import survey, usable_nics
+from extbridge.nics import judged_nics, usable_nics
 from extbridge.spec.errors import CniError
 from extbridge.spec.fields import printable
 
@@ -182,7 +182,10 @@ def _differences(entry: Entry, host: Netlink) -> list[str]:
 
 def _is_meant(entry: Entry, key: str) -> bool:
     exact = {entry.pod, entry.pod.partition("/")[2], entry.ifname, entry.mac, str(entry.ifindex)}
-    return key.lower() in exact or key in exact or entry.container_id.startswith(key)
+    # What has no pod is not meant by nothing.
+    return bool(key) and (
+        key.lower() in exact or key in exact or entry.container_id.startswith(key)
+    )
 
 
 def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
@@ -190,7 +193,9 @@ def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
         network = load_network(name, directory)
     except CniError as error:
         return {"name": name, "fault": error.message, "hint": error.hint, "nics": []}
-    found = survey(host, network, ledger)
+    judged = judged_nics(host, network, ledger)
+    entries = list(ledger.entries())
+    on_nic = Counter(entry.lower_ifindex for entry in entries if has_node(entry.ifindex))
     fault = hint = ""
     try:
         usable_nics(host, network, ledger)
@@ -198,16 +203,15 @@ def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
         fault, hint = error.message, error.hint
     nics = [
         {
-            "name": it.link.name,
-            "up": it.link.up,
-            "carrier": it.link.carrier,
-            "mtu": it.link.mtu,
-            "attachments": it.attachments,
-            "fault": it.fault,
+            "name": link.name,
+            "up": link.up,
+            "carrier": link.carrier,
+            "mtu": link.mtu,
+            "attachments": on_nic[link.ifindex],
+            "fault": "" if reason is None else reason.message,
         }
-        for it in found
+        for link, reason in judged
     ]
-    attached = sum(entry.definition == name for entry in ledger.entries())
     return {
         "name": name,
         "fault": fault,
@@ -216,8 +220,8 @@ def _defined(name: str, directory: str, host: Netlink, ledger: Ledger) -> Told:
         "antispoof": str(network.held_to),
         "mtu": network.mtu,
         "queues": network.queues,
-        "attachments": attached,
-        "free": _free(network, sum(not it.fault for it in found)),
+        "attachments": sum(entry.definition == name for entry in entries),
+        "free": _free(network, sum(reason is None for _, reason in judged)),
         "nics": nics,
     }
 

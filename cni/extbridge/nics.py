@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from extbridge.kernel.links import (
@@ -47,49 +46,18 @@ def usable_nics(host: Netlink, network: Network, ledger: Ledger) -> list[Link]:
                 )
             _refuse_unfit(host, lower, network)
             return [lower]
-    candidates = _selected(host, network.dev)
-    if not candidates:
+    judged = judged_nics(host, network, ledger)
+    if not judged:
         raise InvalidNetworkConfig(
             f"extbridge.dev: the node has no NIC with {_described(network.dev)}",
             f"it has {_present(host)}",
         )
-    attachments = _attachments_by_nic(ledger)
-    usable, faults = [], []
-    for link in candidates:
-        try:
-            _refuse_unfit(host, link, network)
-            _refuse_taken(link, network, attachments[link.ifindex])
-            usable.append(link)
-        except CniError as fault:
-            faults.append(fault)
+    usable = [link for link, fault in judged if fault is None]
     if not usable:
-        raise _none_usable(network, faults)
+        raise _none_usable(network, [fault for _, fault in judged if fault is not None])
+    attachments = _attachments_by_nic(ledger)
     # Stable: what is alike otherwise stays in the order of the candidates.
     return sorted(usable, key=lambda link: (not link.carrier, len(attachments[link.ifindex])))
-
-
-@dataclass(frozen=True, slots=True)
-class Surveyed:
-    """A NIC that a network names or selects; `fault` says why it cannot be used now, else empty."""
-
-    link: Link
-    attachments: int
-    fault: str
-
-
-def survey(host: Netlink, network: Network, ledger: Ledger) -> list[Surveyed]:
-    """The NICs of a network in the order of their names, with what is on them."""
-    attachments = _attachments_by_nic(ledger)
-    found = []
-    for link in _selected(host, network.dev):
-        fault = ""
-        try:
-            _refuse_unfit(host, link, network)
-            _refuse_taken(link, network, attachments[link.ifindex])
-        except CniError as error:
-            fault = error.message
-        found.append(Surveyed(link, len(attachments[link.ifindex]), fault))
-    return found
 
 
 def able_nics(host: Netlink, network: Network, ledger: Ledger) -> tuple[int, set[int]]:

@@ -193,6 +193,7 @@ def test_no_process_writes_on_roots_terminal(shop: Shop, launcher: Launcher) -> 
 
 def test_show_of_nothing_is_said(shop: Shop) -> None:
     """What there is not is no traceback, and no success."""
+    assert said(shop.agent.run_dir, "show", "").returncode == 1
     done = said(shop.agent.run_dir, "show", "nobody")
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no attachment nobody" in done.stderr
